@@ -119,9 +119,7 @@ def read_as(table: str, frame: pl.LazyFrame) -> pl.LazyFrame:
             f"{table}: missing columns {', '.join(missing)} (found: {', '.join(found.names())})"
         )
     typed = [_typed(name, kind, found[name]).alias(name) for name, kind in wanted.items()]
-    lost = [
-        _lost_text(name, column) for name, column in zip(wanted, typed, strict=True)
-    ]
+    lost = [_lost_text(name, column) for name, column in zip(wanted, typed, strict=True)]
     text = pl.concat_str(lost, separator=", ", ignore_nulls=True).replace("", None)
     return _repaired(table, frame.select(*typed, unreadable=text))
 
@@ -162,9 +160,7 @@ def check(table: str, typed: pl.LazyFrame) -> Checked:
     return Checked(good.drop("unreadable"), details.select(*kept, rule=rule))
 
 # %% ../../nbs/core/02_contracts.ipynb #bad56b30
-def check_keys(
-    checked: Checked, articles: pl.LazyFrame, customers: pl.LazyFrame
-) -> Checked:
+def check_keys(checked: Checked, articles: pl.LazyFrame, customers: pl.LazyFrame) -> Checked:
     """Move transactions of unknown articles or customers from `good` to `bad`."""
     known = (("article_id", articles), ("customer_id", customers))
     good, bad = checked.good, [checked.bad]

@@ -18,9 +18,7 @@ def _hits(predicted: pl.DataFrame, bought: pl.DataFrame, k: int) -> pl.DataFrame
     return predicted.filter(pl.col("rank") <= k).join(pairs, on=["customer", "article"], how="semi")
 
 
-def average_precision(
-    predicted: pl.DataFrame, bought: pl.DataFrame, k: int = 12
-) -> pl.DataFrame:
+def average_precision(predicted: pl.DataFrame, bought: pl.DataFrame, k: int = 12) -> pl.DataFrame:
     """AP@k of each customer in `bought`: columns `customer`, `ap`.
 
     `predicted` has `customer`, `article` and `rank` (1 is first, no article twice);
