@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['FIRST_DAY', 'DAYS', 'WEEKS', 'FULL_CUSTOMERS', 'FULL_ARTICLES', 'MONTH_ROWS', 'WEEKDAY_ROWS', 'PEAKS', 'SALE_MONTHS',
            'GROUPS', 'GROUP_SALES', 'TYPES', 'COLOURS', 'PATTERNS', 'PATTERN_SHARE', 'WORDS', 'CUTS', 'FABRICS',
-           'DETAILS', 'EURO', 'TOP_SHARE', 'AGAIN', 'COLOUR', 'WITH', 'NEW', 'CHUNK', 'ROWS_AT_ONCE', 'day_weights',
-           'Catalogue', 'articles_for', 'make_catalogue', 'Shelves', 'fill_shelves', 'People', 'make_people', 'Rows',
-           'draw_purchases', 'finish', 'World', 'make_world', 'article_ids', 'customer_ids', 'article_file',
-           'customer_file', 'transaction_slices', 'write_sample']
+           'DETAILS', 'EURO', 'TOP_SHARE', 'AGAIN', 'COLOUR', 'WITH', 'NEW', 'STRAY', 'CHUNK', 'ROWS_AT_ONCE',
+           'day_weights', 'Catalogue', 'articles_for', 'make_catalogue', 'Shelves', 'fill_shelves', 'People',
+           'make_people', 'Rows', 'draw_purchases', 'finish', 'World', 'make_world', 'article_ids', 'customer_ids',
+           'article_file', 'customer_file', 'transaction_slices', 'write_sample']
 
 # %% ../../nbs/core/05_sample.ipynb #3f9f8668
 import hashlib
@@ -105,9 +105,24 @@ PATTERNS += [("Stripe", 1010017), ("Denim", 1010023), ("Check", 1010006), ("Lace
 PATTERN_SHARE = np.array([0.55, 0.19, 0.08, 0.06, 0.06, 0.04, 0.02])
 
 # %% ../../nbs/core/05_sample.ipynb #d348de97
-WORDS = "Alder Birch Cove Dune Elm Fjord Grove Heath Isle Juniper Kestrel Linden Moss Nettle".split()
-WORDS += "Oak Pine Quay Reed Sage Thyme Umber Vale Willow Yarrow".split()
-CUTS = "slim relaxed cropped classic wide soft light long short fine".split()
+WORDS = [
+    "Alder",
+    "Birch",
+    "Cove",
+    "Dune",
+    "Elm",
+    "Fjord",
+    "Grove",
+    "Heath",
+    "Isle",
+    "Juniper",
+    "Kestrel",
+    "Linden",
+    "Moss",
+    "Nettle",
+]
+WORDS += ["Oak", "Pine", "Quay", "Reed", "Sage", "Thyme", "Umber", "Vale", "Willow", "Yarrow"]
+CUTS = ["slim", "relaxed", "cropped", "classic", "wide", "soft", "light", "long", "short", "fine"]
 FABRICS = ["soft jersey", "woven cotton", "a fine knit", "crisp poplin", "ribbed jersey", "linen"]
 DETAILS = ["a round neck", "two side pockets", "an elastic waist", "narrow seams", "a wide hem"]
 EURO = 590.0  # a published price times 590 is the price in the shop
@@ -182,7 +197,9 @@ def _spread(made: dict[str, np.ndarray], z: np.ndarray, style_group: np.ndarray)
     return spread
 
 # %% ../../nbs/core/05_sample.ipynb #1417001b
-def _articles(rng: Generator, made: dict[str, np.ndarray], product: np.ndarray) -> dict[str, np.ndarray]:
+def _articles(
+    rng: Generator, made: dict[str, np.ndarray], product: np.ndarray
+) -> dict[str, np.ndarray]:
     """The products' values for each of their colours, half of which follow later."""
     late = rng.exponential(4.0, product.size) * (rng.random(product.size) < 0.5)
     each = {name: values[product] for name, values in made.items()}
@@ -275,7 +292,7 @@ class People:
     again: np.ndarray  # chance that a purchase repeats a recent one
     period: np.ndarray  # days between purchases of her basic; 0: has none
 
-# %% ../../nbs/core/05_sample.ipynb #a95dfa91
+# %% ../../nbs/core/05_sample.ipynb #e98f2a3c
 def _ages(rng: Generator, n: int) -> np.ndarray:
     kind = rng.choice(3, n, p=[0.56, 0.18, 0.26])
     age = np.where(kind == 0, 17 + rng.gamma(3.2, 2.7, n), rng.normal(37, 7, n))
@@ -304,12 +321,12 @@ def make_people(rng: Generator, n: int, catalogue: Catalogue) -> People:
     return People(
         age=age,
         visits=np.where(rng.random(n) < 0.007, 0, visits).astype(int),
-        basket=1 + rng.gamma(1.6, 1.4, n),
+        basket=1 + rng.gamma(1.6, 1.25, n),
         online=rng.beta(1.4, 0.6, n),
         start=came,
         end=end,
         styles=_homes(rng, age, catalogue),
-        again=rng.beta(0.5, 13.5, n),
+        again=rng.beta(0.5, 16.0, n),
         period=np.where(has_basic, rng.integers(21, 120, n), 0),
     )
 
@@ -343,7 +360,7 @@ def _rows(rng: Generator, people: People, who: np.ndarray, day: np.ndarray) -> R
     who, day, online = (np.repeat(column, size) for column in (who, day, online))
     return Rows(who, day, online, np.searchsorted(who, who), visit)
 
-# %% ../../nbs/core/05_sample.ipynb #17c93483
+# %% ../../nbs/core/05_sample.ipynb #a2ea8221
 AGAIN, COLOUR, WITH, NEW = range(4)
 
 
@@ -352,7 +369,7 @@ def _ways(rng: Generator, people: People, rows: Rows) -> tuple[np.ndarray, np.nd
     index = np.arange(rows.who.size)
     u = rng.random(index.size)
     again = people.again[rows.who]
-    way = np.select([u < again, u < again + 0.055, u < again + 0.20], [AGAIN, COLOUR, WITH], NEW)
+    way = np.select([u < again, u < again + 0.04, u < again + 0.12], [AGAIN, COLOUR, WITH], NEW)
     parent = np.where(way == AGAIN, rows.visit, index) - rng.geometric(0.3, index.size)
     parent = np.where(way == WITH, index - 1, parent)
     way[parent < rows.first] = NEW
@@ -385,7 +402,14 @@ def _on_sale(catalogue: Catalogue, article: np.ndarray, week: np.ndarray) -> np.
     return (age >= 0) & (age < catalogue.life[article])
 
 
-def _follow(rng: Generator, rows: Rows, way: np.ndarray, parent: np.ndarray, article: np.ndarray, catalogue: Catalogue) -> np.ndarray:
+def _follow(
+    rng: Generator,
+    rows: Rows,
+    way: np.ndarray,
+    parent: np.ndarray,
+    article: np.ndarray,
+    catalogue: Catalogue,
+) -> np.ndarray:
     """Articles of all rows: pointers are followed in rounds, from the oldest on."""
     siblings, week = _siblings(catalogue), rows.day // 7
     known = way == NEW
@@ -399,7 +423,7 @@ def _follow(rng: Generator, rows: Rows, way: np.ndarray, parent: np.ndarray, art
         known[ready] = True
     return article
 
-# %% ../../nbs/core/05_sample.ipynb #b0eebdee
+# %% ../../nbs/core/05_sample.ipynb #c75b56d1
 def _due(people: People, rows: Rows) -> np.ndarray:
     """First rows of a visit in which the customer's basic is due."""
     period = people.period[rows.who]
@@ -408,10 +432,14 @@ def _due(people: People, rows: Rows) -> np.ndarray:
     return np.flatnonzero(np.concatenate(([False], later)) & (period > 0))
 
 
+STRAY = 0.35  # share of new articles that follow someone else's taste
+
+
 def _new_articles(rng: Generator, people: People, rows: Rows, shelves: Shelves) -> np.ndarray:
     """A draw from the week's shelf of one of her styles, for every row."""
-    pick = rng.choice(4, rows.who.size, p=[0.58, 0.22, 0.12, 0.08])
-    style, week = people.styles[rows.who, pick], rows.day // 7
+    pick = rng.choice(4, rows.who.size, p=[0.4, 0.25, 0.2, 0.15])
+    stray = np.where(rng.random(rows.who.size) < STRAY, rng.permutation(rows.who), rows.who)
+    style, week = people.styles[stray, pick], rows.day // 7
     bare = shelves.empty()[week, style]
     fallback = np.argmin(shelves.empty(), axis=1)  # some style that has something this week
     return shelves.draw(rng, week, np.where(bare, fallback[week], style))
@@ -448,7 +476,9 @@ def _basics(rng: Generator, people: People, catalogue: Catalogue) -> np.ndarray:
     basic = np.flatnonzero(catalogue.life > 70)
     edge = np.searchsorted(catalogue.style[basic], np.arange(catalogue.style_group.size + 1))
     low, high = edge[people.styles[:, 0]], edge[people.styles[:, 0] + 1]
-    at = np.where(high > low, low + rng.random(low.size) * (high - low), rng.integers(0, basic.size, low.size))
+    at = np.where(
+        high > low, low + rng.random(low.size) * (high - low), rng.integers(0, basic.size, low.size)
+    )
     return basic[np.minimum(at.astype(int), basic.size - 1)]
 
 # %% ../../nbs/core/05_sample.ipynb #9aeaf168
@@ -468,8 +498,10 @@ def finish(rng: Generator, frame: pl.DataFrame, catalogue: Catalogue) -> pl.Data
     frame = frame[np.repeat(np.arange(frame.height), units)]
     channel = pl.when("online").then(2).otherwise(1).cast(pl.Int8)
     return frame.select(
-        pl.col("customer", "article").cast(pl.Int32), pl.col("day").cast(pl.Int16),
-        pl.col("price").cast(pl.Float32), channel=channel,
+        pl.col("customer", "article").cast(pl.Int32),
+        pl.col("day").cast(pl.Int16),
+        pl.col("price").cast(pl.Float32),
+        channel=channel,
     )
 
 # %% ../../nbs/core/05_sample.ipynb #7f9aa706
@@ -528,7 +560,9 @@ def _names(catalogue: Catalogue) -> dict[str, pl.Series]:
     kind = _pick(types, catalogue.type_)
     fabric = _pick(FABRICS, number // 5 % len(FABRICS))
     detail = _pick(DETAILS, number // 7 % len(DETAILS))
-    described = kind + ", " + cut + ", in " + fabric + ' with "' + word + '" trim and ' + detail + "."
+    described = (
+        kind + ", " + cut + ", in " + fabric + ' with "' + word + '" trim and ' + detail + "."
+    )
     missing = pl.Series(number % 251 == 0)  # 0.4 % have no description
     described = described.to_frame("d").select(pl.when(~missing).then(pl.col("d")))["d"]
     return {"prod_name": word + " " + cut + " " + kind.str.to_lowercase(), "detail_desc": described}
@@ -554,7 +588,9 @@ def article_file(catalogue: Catalogue) -> pl.DataFrame:
         "colour_group_code": hue_code,
         "colour_group_name": hue,
         "perceived_colour_value_id": pl.Series(catalogue.colour % 4 + 1),
-        "perceived_colour_value_name": _pick(["Dark", "Light", "Dusty Light", "Bright"], catalogue.colour % 4),
+        "perceived_colour_value_name": _pick(
+            ["Dark", "Light", "Dusty Light", "Bright"], catalogue.colour % 4
+        ),
         "perceived_colour_master_id": hue_code,
         "perceived_colour_master_name": hue.str.replace("Dark |Light ", ""),
         "department_no": 1000 + style * 10 + catalogue.type_ % 7,
