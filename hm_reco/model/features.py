@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SHARED', 'NO_FEATURES', 'customer_features', 'pair_features', 'shared_features', 'add_features', 'feature_names',
-           'candidates_for', 'labelled_week']
+           'candidates_for', 'Week', 'open_week', 'labelled']
 
-# %% ../../nbs/model/02_features.ipynb #a0cb6052
+# %% ../../nbs/model/02_features.ipynb #22a4e240
+from dataclasses import dataclass
 from datetime import date
 
 import polars as pl
@@ -115,21 +116,37 @@ def feature_names(frame: pl.DataFrame) -> list[str]:
     """The columns that a ranker may learn from."""
     return [name for name in frame.columns if name not in NO_FEATURES]
 
-# %% ../../nbs/model/02_features.ipynb #945135c3
+# %% ../../nbs/model/02_features.ipynb #47fce3c7
 def candidates_for(known: Known, own: pl.DataFrame, who: pl.DataFrame) -> pl.DataFrame:
     """Candidates with features for the customers in `who`."""
     return add_features(known, own, union(propose(known, own, who)))
 
 
-def labelled_week(history: History, day: date, days: int = 7) -> pl.DataFrame:
-    """Candidates of the customers who buy in the `days` days from `day` on, with `label`.
+@dataclass(frozen=True)
+class Week:
+    """A past week to learn from or to be judged on: what was known, and what was bought."""
 
-    Everything but the label is as of `day`.
-    """
+    known: Known
+    own: pl.DataFrame  # purchases of the customers in `who`, before the week
+    who: pl.DataFrame  # customers who bought in the week
+    sold: pl.DataFrame  # what they bought: customer, article
+
+
+def open_week(
+    history: History, day: date, days: int = 7, customers: int = 0, seed: int = 0
+) -> Week:
+    """The `days` days from `day` on; of its buyers at most `customers` (0: all), by lot."""
     before, sold = as_of(history, day), week_of(history, day, days)
-    who = sold.select("customer").unique()
-    frame = candidates_for(learn(before), own_purchases(before, who), who)
-    hits = sold.with_columns(label=pl.lit(1, pl.Int8))
-    return frame.join(hits, on=["customer", "article"], how="left").with_columns(
-        pl.col("label").fill_null(0)
-    )
+    who = sold.select("customer").unique().sort("customer")
+    if 0 < customers < who.height:
+        who = who.sample(customers, seed=seed).sort("customer")
+        sold = sold.join(who, on="customer", how="semi")
+    return Week(learn(before), own_purchases(before, who), who, sold)
+
+
+def labelled(week: Week) -> pl.DataFrame:
+    """The week's candidates with features and `label`, 1 where bought."""
+    frame = candidates_for(week.known, week.own, week.who)
+    hits = week.sold.with_columns(label=pl.lit(1, pl.Int8))
+    joined = frame.join(hits, on=["customer", "article"], how="left", maintain_order="left")
+    return joined.with_columns(pl.col("label").fill_null(0))
