@@ -17,7 +17,7 @@ from typing import Any
 import lightgbm as lgb
 import polars as pl
 
-from ..core.lake import Lake, append, has_table, put_file, scan, table_version
+from ..core.lake import Lake, append, has_table, put_file, scan
 from .evaluation import BASELINES, RANKER, Verdict
 
 # %% ../../nbs/model/05_bundle.ipynb #54e0bbef
