@@ -1,0 +1,1 @@
+"""The look of the reports: templates and style, filled in by `runner.render`."""

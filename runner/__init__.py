@@ -1,0 +1,1 @@
+"""Drives the stage notebooks: parameters, graph, execution, ledger, reports, command line."""
