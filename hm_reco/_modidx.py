@@ -118,6 +118,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'hm_reco.model.candidates': { 'hm_reco.model.candidates.Known': ('model/candidates.html#known', 'hm_reco/model/candidates.py'),
                                           'hm_reco.model.candidates._baskets': ( 'model/candidates.html#_baskets',
                                                                                  'hm_reco/model/candidates.py'),
+                                          'hm_reco.model.candidates._nearest': ( 'model/candidates.html#_nearest',
+                                                                                 'hm_reco/model/candidates.py'),
                                           'hm_reco.model.candidates._rebuys': ( 'model/candidates.html#_rebuys',
                                                                                 'hm_reco/model/candidates.py'),
                                           'hm_reco.model.candidates._recent': ( 'model/candidates.html#_recent',

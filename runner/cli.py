@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from hm_reco.core.lake import Lake, MissingTableError, open_lake, scan
+from hm_reco.core.lake import Lake, open_lake, scan
 from hm_reco.core.settings import Settings
 
 app = typer.Typer(
@@ -50,7 +50,7 @@ def _table(title: str, rows: list[dict[str, Any]]) -> None:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for name in rows[0] if rows else ():
         number = isinstance(rows[0][name], int | float)
-        table.add_column(name, justify="right" if number else "left")
+        table.add_column(name, justify="right" if number else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
     console.print(table)
@@ -128,11 +128,9 @@ def _summarize_training(metrics: dict[str, Any]) -> None:
     ]
     _table(f"Before {metrics['as_of']}, {metrics['customer_weeks']:,} customer-weeks", rows)
     mean, low, high = metrics["lead"]
-    console.print(
-        f"The ranker's lead over {metrics['best_baseline']!r}: {mean:.4f}, {low:.4f} .. {high:.4f}. "
-        f"[bold]{metrics['champion_method']!r} serves.[/]\n",
-        highlight=False,
-    )
+    lead = f"{mean:.4f} ({low:.4f} .. {high:.4f})"
+    console.print(f"lead of the ranker over {metrics['best_baseline']!r}: {lead}", highlight=False)
+    console.print(f"champion: {metrics['champion_method']!r}\n", highlight=False)
 
 
 def _recommended(lake: Lake, customer_id: str) -> list[dict[str, Any]]:
@@ -147,7 +145,7 @@ def _recommended(lake: Lake, customer_id: str) -> list[dict[str, Any]]:
         "article_id",
         article="prod_name",
         colour="colour_group_name",
-        score=pl.col("score").round(4),
+        score=pl.col("score").cast(pl.Float64).round(4),
         source="source",
     ).to_dicts()
 

@@ -65,6 +65,7 @@ def _papermill(stage: Stage, output: Path, parameters: dict[str, Any], progress:
             kernel_name="python3",
             language="python",
             progress_bar=progress,
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],
             cwd=stage.notebook.parent,
         )
     except PapermillExecutionError as err:

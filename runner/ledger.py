@@ -14,7 +14,7 @@ import polars as pl
 from hm_reco.core.lake import Lake, append, has_table, scan
 
 LEDGER = "runs/ledger"
-SCHEMA = {
+SCHEMA: dict[str, Any] = {
     "run_id": pl.String,
     "stage": pl.String,
     "state": pl.String,

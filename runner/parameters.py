@@ -13,7 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from runner.graph import Stage
 
-TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict}
+TYPES: dict[str, Any] = {
+    "str": str,
+    "int": int,
+    "float": float,
+    "bool": bool,
+    "list": list,
+    "dict": dict,
+}
 TYPES |= {"None": None, "Literal": Literal}
 
 

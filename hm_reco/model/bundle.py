@@ -121,7 +121,7 @@ def champion(lake: Lake) -> str:
         )
     return last["version"].item()
 
-# %% ../../nbs/model/05_bundle.ipynb #6de99e80
+# %% ../../nbs/model/05_bundle.ipynb #f8a4ddfe
 def publish(
     lake: Lake,
     verdict: Verdict,
@@ -132,8 +132,11 @@ def publish(
 ) -> str:
     """Save and register what training made; returns the champion's version."""
     lead = verdict.lead
-    metrics = {"baseline": verdict.baseline, "lead": [lead.mean, lead.low, lead.high]}
-    metrics["map12"] = {name: interval.mean for name, interval in verdict.means.items()}
+    metrics = {
+        "baseline": verdict.baseline,
+        "lead": [lead.mean, lead.low, lead.high],
+        "map12": {name: interval.mean for name, interval in verdict.means.items()},
+    }
     bundles = [Bundle(f"{run_id}-ranker", RANKER, as_of, booster, metrics, tables)]
     if not verdict.wins:
         version = f"{run_id}-baseline"

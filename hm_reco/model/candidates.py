@@ -46,22 +46,18 @@ def _sales(history: History) -> pl.DataFrame:
     windows = {f"sold_{n}": units.filter(ago <= n).sum() for n in (1, 7, 28, 91)}
     rows = history.purchases.lazy().with_columns(ago=days_ago(history.day))
     ages = history.customers.lazy().select("customer", buyer_age="age")
-    sales = (
-        rows.join(ages, on="customer", how="left")
-        .group_by("article")
-        .agg(
-            **windows,
-            sold=units.sum(),
-            popularity=exact_sum(units * decay(7)),
-            popularity_28=exact_sum(units * decay(28)),
-            on_sale_days=ago.max(),
-            last_sold=ago.min(),
-            price_now=exact_mean(pl.col("price").filter(ago <= ago.min() + 7)),
-            price_top=pl.col("price").max(),
-            buyers=pl.col("customer").n_unique(),
-            buyer_age=exact_mean(pl.col("buyer_age")),
-            online_share=(pl.col("channel") == 2).mean(),
-        )
+    sales = rows.join(ages, on="customer", how="left").group_by("article").agg(
+        **windows,
+        sold=units.sum(),
+        popularity=exact_sum(units * decay(7)),
+        popularity_28=exact_sum(units * decay(28)),
+        on_sale_days=ago.max(),
+        last_sold=ago.min(),
+        price_now=exact_mean(pl.col("price").filter(ago <= ago.min() + 7)),
+        price_top=pl.col("price").max(),
+        buyers=pl.col("customer").n_unique(),
+        buyer_age=exact_mean(pl.col("buyer_age")),
+        online_share=(pl.col("channel") == 2).mean(),
     )
     return sales.collect()
 
@@ -87,7 +83,7 @@ def article_state(history: History) -> pl.DataFrame:
     codes = history.articles.drop("article_id", "name")
     return state.join(codes, on="article", how="left").sort("article")
 
-# %% ../../nbs/model/01_candidates.ipynb #174d2d5e
+# %% ../../nbs/model/01_candidates.ipynb #5be97ffd
 NEIGHBOUR_PURCHASES = 2_000_000  # the newest purchases that neighbours are counted on
 PER_CUSTOMER = 50  # of which the newest of each customer
 SMOOTHING = 3.0  # keeps articles that were bought once from being everybody's neighbour
@@ -101,7 +97,8 @@ def _baskets(history: History) -> sparse.csr_matrix:
     pairs = order.group_by("customer", maintain_order=True).head(PER_CUSTOMER).collect()
     row = pairs["customer"].rank("dense").cast(pl.Int64).to_numpy() - 1
     column, one = pairs["article"].to_numpy(), np.ones(pairs.height, np.float32)
-    shape = (int(row.max(initial=-1)) + 1, int(history.articles["article"].max()) + 1)
+    articles = history.articles["article"].to_numpy()
+    shape = (row.max(initial=-1) + 1, articles.max(initial=-1) + 1)
     return sparse.csr_matrix((one, (row, column)), shape=shape)
 
 
@@ -112,19 +109,27 @@ def neighbours(history: History, count: int = 30) -> pl.DataFrame:
     """
     bought = _baskets(history)
     size = np.maximum(np.asarray(bought.sum(axis=1)).ravel(), 1)
-    seen = np.sqrt(np.asarray(bought.sum(axis=0)).ravel() + SMOOTHING)
-    pairs = (bought.T @ sparse.diags(1 / np.sqrt(size)) @ bought).tocoo()
-    apart = pairs.row != pairs.col
-    row, column = pairs.row[apart], pairs.col[apart]
-    table = pl.DataFrame(
-        {
-            "article": row.astype(np.int32),
-            "neighbour": column.astype(np.int32),
-            "similarity": (pairs.data[apart] / (seen[row] * seen[column])).astype(np.float32),
-        }
-    )
-    order = table.sort("article", "similarity", "neighbour", descending=[False, True, False])
-    return order.group_by("article", maintain_order=True).head(count)
+    scale = sparse.diags(1 / np.sqrt(np.asarray(bought.sum(axis=0)).ravel() + SMOOTHING))
+    pairs = (scale @ bought.T @ sparse.diags(1 / np.sqrt(size)) @ bought @ scale).tocsr()
+    pairs.setdiag(0)
+    pairs.sort_indices()
+    nearest = [_nearest(pairs, article, count) for article in range(pairs.shape[0])]
+    column, similarity = (np.concatenate(part) for part in zip(*nearest, strict=True))
+    article = np.repeat(np.arange(len(nearest)), [len(c) for c, _ in nearest])
+    table = {"article": article, "neighbour": column, "similarity": similarity}
+    types = {"article": pl.Int32, "neighbour": pl.Int32, "similarity": pl.Float32}
+    return pl.DataFrame(table).cast(types)
+
+
+def _nearest(pairs: sparse.csr_matrix, row: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Columns and values of the `count` largest entries of a row, the largest first."""
+    part = slice(pairs.indptr[row], pairs.indptr[row + 1])
+    column, value = pairs.indices[part], pairs.data[part]
+    if column.size > count:
+        top = np.argpartition(-value, count)[:count]
+        column, value = column[top], value[top]
+    order = np.lexsort((column, -value))[: np.count_nonzero(value)]
+    return column[order], value[order]
 
 # %% ../../nbs/model/01_candidates.ipynb #5c541861
 AGE_BANDS = [22, 28, 35, 45, 55]
@@ -196,7 +201,9 @@ def _recent(own: pl.DataFrame, count: int) -> pl.DataFrame:
     return last.sort("customer", "ago", "article").group_by("customer").head(count)
 
 
-def near_last(known: Known, own: pl.DataFrame, who: pl.DataFrame, count: int = 50) -> pl.DataFrame:
+def near_last(
+    known: Known, own: pl.DataFrame, who: pl.DataFrame, count: int = 50
+) -> pl.DataFrame:
     """Articles that go with her last 30 articles, the newest counting most."""
     weight = decay(30) + 0.05
     pairs = _recent(own, 30).with_columns(weight=weight).join(known.near, on="article")
@@ -227,9 +234,7 @@ def department_sales(
     liked = mine.agg(score=exact_sum(decay(60))).rename({"department": "article"})
     liked = best(liked, 5).select("customer", "score", department="article")
     share = pl.col("score") / exact_sum(pl.col("score")).over("customer")
-    sold = known.state.sort(
-        "popularity", "popularity_28", "article", descending=[True, True, False]
-    )
+    sold = known.state.sort("popularity", "popularity_28", "article", descending=[True, True, False])
     sold = sold.group_by("department", maintain_order=True).head(8)
     pairs = liked.with_columns(share=share).drop("score").join(sold, on="department")
     return best(pairs.with_columns(score=pl.col("share") * (pl.col("popularity") + 0.01)), count)

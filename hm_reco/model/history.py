@@ -100,7 +100,7 @@ def number(ids: pl.DataFrame, key: str, name: str, given: pl.DataFrame | None) -
     count_on = new.cum_sum().cast(pl.Int32) + given[name].max()
     return known.with_columns(pl.when(new).then(count_on).otherwise(pl.col(name)).alias(name))
 
-# %% ../../nbs/model/00_history.ipynb #0f3bb6af
+# %% ../../nbs/model/00_history.ipynb #0472fe14
 def map_articles(raw: pl.DataFrame, given: pl.DataFrame | None = None) -> pl.DataFrame:
     """Articles with their number and codes (`CODES` and `index`), their id and `name`."""
     codes = {name: pl.col(column).cast(pl.Int32) for name, column in CODES.items()}
@@ -111,13 +111,14 @@ def map_articles(raw: pl.DataFrame, given: pl.DataFrame | None = None) -> pl.Dat
 
 def map_customers(raw: pl.DataFrame, given: pl.DataFrame | None = None) -> pl.DataFrame:
     """Customers with their number: `customer`, `customer_id`, `age`, `active`, `news`, `club`."""
-    code = {"return_dtype": pl.Int8, "default": -1}
     coded = raw.select(
         "customer_id",
         age=pl.col("age").cast(pl.Float32),
         active=pl.col("Active").fill_null(0).cast(pl.Int8),
-        news=pl.col("fashion_news_frequency").replace_strict(NEWS, **code),
-        club=pl.col("club_member_status").replace_strict(CLUB, **code),
+        news=pl.col("fashion_news_frequency").replace_strict(
+            NEWS, default=-1, return_dtype=pl.Int8
+        ),
+        club=pl.col("club_member_status").replace_strict(CLUB, default=-1, return_dtype=pl.Int8),
     )
     return number(coded, "customer_id", "customer", given)
 

@@ -47,7 +47,7 @@ def rank_customers(
     named = whole.with_columns(pl.col("source").fill_null("popular"))
     return named.select("customer", "rank", "article", "score", "source")
 
-# %% ../../nbs/model/06_recommend.ipynb #eaaa35c7
+# %% ../../nbs/model/06_recommend.ipynb #e7857fc5
 @dataclass(frozen=True)
 class Recommender:
     """A bundle with the history it answers from; made by `open_recommender`."""
@@ -59,11 +59,11 @@ class Recommender:
     numbers: Mapping[str, int]  # customer_id -> customer
     article_numbers: Mapping[str, int]  # article_id -> article
 
-    def own(self, customers: Sequence[int]) -> pl.DataFrame:
+    def own(self, customers: pl.Series) -> pl.DataFrame:
         """Purchases of the given customers."""
         column = self.by_customer["customer"]
-        low = column.search_sorted(pl.Series(customers, dtype=pl.Int32), "left")
-        high = column.search_sorted(pl.Series(customers, dtype=pl.Int32), "right")
+        low = column.search_sorted(customers, "left")
+        high = column.search_sorted(customers, "right")
         edges = zip(low, high - low, strict=True)
         return pl.concat([self.by_customer.slice(at, length) for at, length in edges])
 
@@ -126,8 +126,8 @@ def answer(
 
 _ASKED = {"customer_id": pl.String, "customer": pl.Int32}
 
-# %% ../../nbs/model/06_recommend.ipynb #197b75f3
-AT_ONCE = 20_000  # customers ranked together
+# %% ../../nbs/model/06_recommend.ipynb #bf756822
+AT_ONCE = 4_000  # customers ranked together
 
 
 def predict_all(history: History, bundle: Bundle, shards: int = 1, count: int = 12) -> pl.DataFrame:

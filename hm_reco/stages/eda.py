@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['QUARANTINED', 'sizes', 'missing', 'daily_units', 'per_customer', 'per_article', 'gini', 'rebuying', 'temperature']
 
-# %% ../../nbs/stages/30_eda.ipynb #01dc6fed
+# %% ../../nbs/stages/30_eda.ipynb #c8bbf88f
 from datetime import date, timedelta
 
+import numpy as np
 import pandas as pd
 import polars as pl
 
@@ -77,13 +78,13 @@ def per_article(purchases: pl.LazyFrame) -> pl.DataFrame:
     order = counts.sort("units", "article", descending=[True, False])
     return order.collect(engine="streaming")
 
-# %% ../../nbs/stages/30_eda.ipynb #61e0312e
+# %% ../../nbs/stages/30_eda.ipynb #08d32150
 def gini(values: pl.Series) -> float:
     """Inequality of sales, 0 (all alike) to 1 (one has all); Gini's coefficient."""
-    ordered = values.cast(pl.Float64).sort()
-    n, total = len(ordered), ordered.sum()
-    weights = pl.Series(range(1, n + 1), dtype=pl.Float64)
-    return float(2 * (ordered * weights).sum() / (n * total) - (n + 1) / n)
+    ordered = np.sort(values.to_numpy().astype(float))
+    n = ordered.size
+    weighted = ordered @ np.arange(1, n + 1)
+    return float(2 * weighted / (n * ordered.sum()) - (n + 1) / n)
 
 # %% ../../nbs/stages/30_eda.ipynb #98b52b27
 def rebuying(purchases: pl.LazyFrame, products: pl.LazyFrame, last: date) -> pd.DataFrame:

@@ -6,7 +6,8 @@
 __all__ = ['STEMS', 'SUFFIXES', 'MAX_UNZIPPED', 'file_names', 'choose', 'local_files', 'read_file', 'Ingested', 'ingest_table',
            'ingest']
 
-# %% ../../nbs/stages/10_ingestion.ipynb #6ae55386
+# %% ../../nbs/stages/10_ingestion.ipynb #987d2740
+import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,7 +47,7 @@ def choose(found: list[str], source: str) -> dict[str, str]:
         raise FileNotFoundError(f"data {source!r}: expected {expected}; found {has}")
     return {table: name for table, name in chosen.items() if name is not None}
 
-# %% ../../nbs/stages/10_ingestion.ipynb #35326ea8
+# %% ../../nbs/stages/10_ingestion.ipynb #3929cc65
 MAX_UNZIPPED = 64 * 2**30  # bytes; the competition's files are 3.8 GB
 
 
@@ -68,7 +69,8 @@ def _download(source: str, folder: Path) -> None:
     prefix = open_lake(source)
     found = [path.name for path in prefix.path().iterdir()]
     for name in choose(found, source).values():
-        prefix.path(name).download_to(folder / name)
+        with prefix.path(name).open("rb") as remote, (folder / name).open("wb") as local:
+            shutil.copyfileobj(remote, local)
 
 # %% ../../nbs/stages/10_ingestion.ipynb #f714fceb
 @contextmanager

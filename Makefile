@@ -1,0 +1,65 @@
+# make run, make test, make serve, make lab: each sets up what it needs first; make help lists them.
+PYTHON ?= python3
+BIN := .venv/bin
+LAB := .venv-lab/bin
+OPTIONS := $(if $(DATA),--data $(DATA)) $(if $(LAKE),--lake $(LAKE)) $(foreach p,$(P),-p $(p))
+
+.DEFAULT_GOAL := help
+.PHONY: help run serve lab test lint types notebooks pytest format lock clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 12
+	@echo
+	@echo 'Variables: DATA=folder, s3://bucket/prefix or zip   LAKE=folder or s3://bucket/prefix'
+	@echo '           P="name=value ..." for parameters of the stages   PYTHON=python3.11'
+
+# one lock file holds the versions of everything; as constraints, so that each venv takes its part
+.installed: pyproject.toml requirements.lock
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[dev]'
+	@touch $@
+
+.installed-lab: pyproject.toml requirements.lock
+	$(PYTHON) -m venv .venv-lab
+	$(LAB)/pip install --quiet --disable-pip-version-check -c requirements.lock torch
+	$(LAB)/pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[lab]'
+	@touch $@
+
+run: .installed  ## the five stages into a lake, on the sample world or on DATA
+	@$(BIN)/hm run $(OPTIONS)
+
+serve: .installed  ## the REST service on http://127.0.0.1:8080
+	@$(BIN)/hm serve $(if $(LAKE),--lake $(LAKE))
+
+lab: .installed-lab  ## JupyterLab on the notebooks
+	@$(LAB)/jupyter lab --notebook-dir nbs
+
+test: lint types notebooks pytest  ## all checks and tests
+
+lint: .installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: .installed
+	$(BIN)/mypy
+
+# LightGBM's threads wait for each other by spinning, so each of the two workers gets one
+notebooks: .installed
+	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n_workers 2 --do_print
+
+pytest: .installed
+	$(BIN)/pytest --cov --cov-report=term --cov-fail-under=90
+
+format: .installed  ## bring notebooks, library and code into shape
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+	$(BIN)/nbdev-export
+	$(BIN)/nbdev-clean
+
+lock: .installed .installed-lab  ## write requirements.lock from what is installed
+	@{ $(BIN)/pip freeze --exclude-editable; $(LAB)/pip freeze --exclude-editable; } \
+	  | sed 's/+cpu$$//' | sort -u > requirements.lock
+
+clean:  ## remove what make made, but no lake
+	rm -rf .venv .venv-lab .installed .installed-lab .pytest_cache .mypy_cache .ruff_cache .coverage*
