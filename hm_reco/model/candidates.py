@@ -83,7 +83,7 @@ def article_state(history: History) -> pl.DataFrame:
     codes = history.articles.drop("article_id", "name")
     return state.join(codes, on="article", how="left").sort("article")
 
-# %% ../../nbs/model/01_candidates.ipynb #5be97ffd
+# %% ../../nbs/model/01_candidates.ipynb #1d3741f4
 NEIGHBOUR_PURCHASES = 2_000_000  # the newest purchases that neighbours are counted on
 PER_CUSTOMER = 50  # of which the newest of each customer
 SMOOTHING = 3.0  # keeps articles that were bought once from being everybody's neighbour
@@ -116,9 +116,13 @@ def neighbours(history: History, count: int = 30) -> pl.DataFrame:
     nearest = [_nearest(pairs, article, count) for article in range(pairs.shape[0])]
     column, similarity = (np.concatenate(part) for part in zip(*nearest, strict=True))
     article = np.repeat(np.arange(len(nearest)), [len(c) for c, _ in nearest])
-    table = {"article": article, "neighbour": column, "similarity": similarity}
-    types = {"article": pl.Int32, "neighbour": pl.Int32, "similarity": pl.Float32}
-    return pl.DataFrame(table).cast(types)
+    return pl.DataFrame(
+        {
+            "article": article.astype(np.int32),
+            "neighbour": column.astype(np.int32),
+            "similarity": similarity.astype(np.float32),
+        }
+    )
 
 
 def _nearest(pairs: sparse.csr_matrix, row: int, count: int) -> tuple[np.ndarray, np.ndarray]:
