@@ -46,7 +46,7 @@ types: .installed
 
 # LightGBM's threads wait for each other by spinning, so each of the two workers gets one
 notebooks: .installed
-	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n_workers 2 --do_print
+	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --do-print
 
 pytest: .installed
 	$(BIN)/pytest --cov --cov-report=term --cov-fail-under=90

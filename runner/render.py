@@ -62,6 +62,7 @@ def _outputs(cell: NotebookNode) -> list[NotebookNode]:
 def render_notebook(notebook: NotebookNode, entry: "Entry") -> str:
     """An executed stage notebook as one self-contained HTML page, code left out."""
     from nbconvert.exporters import HTMLExporter
+    from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
     exporter = HTMLExporter(
         template_name="basic",
@@ -70,6 +71,7 @@ def render_notebook(notebook: NotebookNode, entry: "Entry") -> str:
         exclude_output_prompt=True,
         exclude_anchor_links=True,
     )
+    exporter.register_preprocessor(CoalesceStreamsPreprocessor, enabled=True)
     body, _ = exporter.from_notebook_node(_shown(notebook))
     title, purpose = _title(notebook)
     return _page("report.html.j2", title=title, purpose=purpose, body=body, entry=entry)

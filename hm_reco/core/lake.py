@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LakePath', 'STAGE_OF', 'Lake', 'open_lake', 'MissingTableError', 'has_table', 'open_table', 'table_version', 'scan',
-           'write', 'append', 'put_file', 'write_manifest', 'read_manifest']
+           'write', 'append', 'put_file', 'write_manifest', 'read_manifest', 'read_and_written']
 
-# %% ../../nbs/core/01_lake.ipynb #a2a05b3f
+# %% ../../nbs/core/01_lake.ipynb #d2fa665a
 import json
 import mimetypes
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import pandas as pd
 import polars as pl
 from cloudpathlib import CloudPath, S3Client
 from deltalake import DeltaTable, write_deltalake
@@ -65,7 +66,7 @@ STAGE_OF = {"raw": "ingestion", "processed": "processing", "artifacts": "trainin
 
 
 def _missing(lake: Lake, name: str) -> MissingTableError:
-    stage = STAGE_OF.get(name.split("/", maxsplit=1)[0], "inference")
+    stage = STAGE_OF.get(name.split("/")[0], "inference")
     return MissingTableError(
         f"lake {lake.root!r} has no table {name!r}; the stage {stage!r} writes it: "
         f"hm run {stage} --lake {lake.root}"
@@ -110,7 +111,9 @@ def write(
 
 def append(lake: Lake, name: str, frame: pl.DataFrame) -> int:
     """Add rows to a table, making it when missing; concurrent appends are all kept."""
-    write_deltalake(lake.uri(name), frame, mode="append", storage_options=lake.options or None)
+    write_deltalake(
+        lake.uri(name), frame, mode="append", storage_options=lake.options or None
+    )
     return table_version(lake, name)
 
 # %% ../../nbs/core/01_lake.ipynb #cc76cb48
@@ -130,7 +133,7 @@ def put_file(path: LakePath, content: bytes | str) -> LakePath:
     return path
 
 # %% ../../nbs/core/01_lake.ipynb #77c21e16
-def write_manifest(
+def write_manifest(  # noqa: PLR0913 - the fields of a manifest
     lake: Lake,
     run_id: str,
     stage: str,
@@ -151,3 +154,11 @@ def write_manifest(
 def read_manifest(lake: Lake, run_id: str, stage: str) -> dict[str, Any]:
     """The manifest that `write_manifest` left; raises `FileNotFoundError`."""
     return json.loads(lake.path("runs", run_id, f"{stage}.json").read_text())
+
+# %% ../../nbs/core/01_lake.ipynb #c7ff8657
+def read_and_written(manifest: Mapping[str, Any]) -> pd.DataFrame:
+    """The tables of a manifest with the versions that were read and written, to look at."""
+    columns = {"version read": manifest["inputs"], "version written": manifest["outputs"]}
+    tables = list(dict.fromkeys(name for part in columns.values() for name in part))
+    rows = {name: [str(part.get(name, "–")) for part in columns.values()] for name in tables}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=list(columns))

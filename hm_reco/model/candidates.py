@@ -46,18 +46,22 @@ def _sales(history: History) -> pl.DataFrame:
     windows = {f"sold_{n}": units.filter(ago <= n).sum() for n in (1, 7, 28, 91)}
     rows = history.purchases.lazy().with_columns(ago=days_ago(history.day))
     ages = history.customers.lazy().select("customer", buyer_age="age")
-    sales = rows.join(ages, on="customer", how="left").group_by("article").agg(
-        **windows,
-        sold=units.sum(),
-        popularity=exact_sum(units * decay(7)),
-        popularity_28=exact_sum(units * decay(28)),
-        on_sale_days=ago.max(),
-        last_sold=ago.min(),
-        price_now=exact_mean(pl.col("price").filter(ago <= ago.min() + 7)),
-        price_top=pl.col("price").max(),
-        buyers=pl.col("customer").n_unique(),
-        buyer_age=exact_mean(pl.col("buyer_age")),
-        online_share=(pl.col("channel") == 2).mean(),
+    sales = (
+        rows.join(ages, on="customer", how="left")
+        .group_by("article")
+        .agg(
+            **windows,
+            sold=units.sum(),
+            popularity=exact_sum(units * decay(7)),
+            popularity_28=exact_sum(units * decay(28)),
+            on_sale_days=ago.max(),
+            last_sold=ago.min(),
+            price_now=exact_mean(pl.col("price").filter(ago <= ago.min() + 7)),
+            price_top=pl.col("price").max(),
+            buyers=pl.col("customer").n_unique(),
+            buyer_age=exact_mean(pl.col("buyer_age")),
+            online_share=(pl.col("channel") == 2).mean(),
+        )
     )
     return sales.collect()
 
@@ -205,9 +209,7 @@ def _recent(own: pl.DataFrame, count: int) -> pl.DataFrame:
     return last.sort("customer", "ago", "article").group_by("customer").head(count)
 
 
-def near_last(
-    known: Known, own: pl.DataFrame, who: pl.DataFrame, count: int = 50
-) -> pl.DataFrame:
+def near_last(known: Known, own: pl.DataFrame, who: pl.DataFrame, count: int = 50) -> pl.DataFrame:
     """Articles that go with her last 30 articles, the newest counting most."""
     weight = decay(30) + 0.05
     pairs = _recent(own, 30).with_columns(weight=weight).join(known.near, on="article")
@@ -238,7 +240,9 @@ def department_sales(
     liked = mine.agg(score=exact_sum(decay(60))).rename({"department": "article"})
     liked = best(liked, 5).select("customer", "score", department="article")
     share = pl.col("score") / exact_sum(pl.col("score")).over("customer")
-    sold = known.state.sort("popularity", "popularity_28", "article", descending=[True, True, False])
+    sold = known.state.sort(
+        "popularity", "popularity_28", "article", descending=[True, True, False]
+    )
     sold = sold.group_by("department", maintain_order=True).head(8)
     pairs = liked.with_columns(share=share).drop("score").join(sold, on="department")
     return best(pairs.with_columns(score=pl.col("share") * (pl.col("popularity") + 0.01)), count)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Baseline', 'BASELINES', 'Report', 'RANKER', 'filled', 'Plan', 'Evaluation', 'evaluate', 'means', 'difference',
-           'Verdict', 'judge', 'weekly_table']
+           'Verdict', 'judge', 'ladder_table', 'weekly_table']
 
 # %% ../../nbs/model/04_evaluation.ipynb #acecfbdb
 from collections.abc import Callable, Iterator, Mapping
@@ -211,12 +211,20 @@ def judge(scores: pl.DataFrame) -> Verdict:
     baseline = max(BASELINES, key=lambda name: intervals[name].mean)
     return Verdict(baseline, difference(scores, RANKER, baseline), intervals)
 
-# %% ../../nbs/model/04_evaluation.ipynb #65c9c5f7
-def weekly_table(scores: pl.DataFrame, verdict: Verdict) -> pd.DataFrame:
-    """MAP@12 by method (rows) and week (columns, oldest first), with mean and interval."""
-    means_ = scores.group_by("method", "day").agg(pl.col("ap").mean()).sort("day")
-    rows = [{"method": m, "day": str(d), "ap": a} for m, d, a in means_.rows()]
-    table = pd.DataFrame(rows).pivot(index="method", columns="day", values="ap")
-    table["mean"] = {name: interval.mean for name, interval in verdict.means.items()}
-    table["95 %"] = {n: f"{i.low:.4f} .. {i.high:.4f}" for n, i in verdict.means.items()}
-    return table.loc[list(verdict.means)].rename_axis(index=None, columns=None).round(4)
+# %% ../../nbs/model/04_evaluation.ipynb #99f4e815
+def ladder_table(verdict: Verdict) -> pd.DataFrame:
+    """MAP@12 over all judged customer-weeks by method, with its 95 % interval."""
+    rows = {
+        name: {"MAP@12": f"{i.mean:.4f}", "95 % interval": f"{i.low:.4f} .. {i.high:.4f}"}
+        for name, i in verdict.means.items()
+    }
+    return pd.DataFrame(rows).T
+
+
+def weekly_table(scores: pl.DataFrame) -> pd.DataFrame:
+    """MAP@12 by week (rows, by first day) and method (columns), and the `customers` judged."""
+    weeks = scores.group_by("day", "method").agg(pl.col("ap").mean(), n=pl.len())
+    wide = weeks.pivot("method", index=["day", "n"], values="ap").sort("day")
+    names = scores["method"].unique(maintain_order=True)
+    table = pd.DataFrame(wide.to_dict(as_series=False)).set_index("day")
+    return table[[*names, "n"]].rename(columns={"n": "customers"}).round(4).rename_axis(None)

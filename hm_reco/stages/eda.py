@@ -14,7 +14,7 @@ import polars as pl
 
 from ..core.lake import Lake, open_lake, scan, table_version
 
-# %% ../../nbs/stages/30_eda.ipynb #b5f5855d
+# %% ../../nbs/stages/30_eda.ipynb #12e496bc
 def sizes(lake: Lake) -> pd.DataFrame:
     """Rows, distinct keys and dates of the processed tables, and rows set aside at ingestion."""
     purchases = scan(lake, "processed/purchases")
@@ -30,9 +30,7 @@ def sizes(lake: Lake) -> pd.DataFrame:
     for name in ("customers", "articles"):
         row[f"{name} known"] = _rows(lake, f"processed/{name}")
     row["rows set aside"] = sum(_rows(lake, f"quarantine/{t}") for t in QUARANTINED)
-    return pd.DataFrame(
-        {"": {k: f"{v:,}" if isinstance(v, int) else str(v) for k, v in row.items()}}
-    )
+    return pd.DataFrame({"in the lake": {k: f"{v:,}" if isinstance(v, int) else str(v) for k, v in row.items()}})
 
 
 QUARANTINED = ("articles", "customers", "transactions")
@@ -48,9 +46,9 @@ def missing(lake: Lake) -> pd.DataFrame:
     for table in QUARANTINED:
         nulls = scan(lake, f"raw/{table}").select(pl.all().is_null().mean() * 100)
         row = nulls.collect(engine="streaming").row(0, named=True)
-        shares += [(table, column, share) for column, share in row.items() if share > 0]
-    frame = pd.DataFrame(shares, columns=["table", "column", "empty, %"])
-    return frame.sort_values("empty, %", ascending=False, ignore_index=True).round(2)
+        shares += [(column, table, share) for column, share in row.items() if share > 0]
+    frame = pd.DataFrame(shares, columns=["column", "table", "empty, %"]).set_index("column")
+    return frame.sort_values("empty, %", ascending=False).rename_axis(None).round(2)
 
 # %% ../../nbs/stages/30_eda.ipynb #52f485d5
 def daily_units(purchases: pl.LazyFrame) -> pl.DataFrame:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Trained', 'train_and_publish', 'metrics_of', 'plot_training']
 
-# %% ../../nbs/stages/40_training.ipynb #62dcf870
+# %% ../../nbs/stages/40_training.ipynb #ab14f10b
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import polars as pl
 import seaborn as sns
+from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 
 from ..core.lake import Lake
@@ -49,7 +50,7 @@ def train_and_publish(
     version = publish(lake, verdict, result.booster, plan.as_of, tables, run_id)
     return Trained(result, verdict, version)
 
-# %% ../../nbs/stages/40_training.ipynb #bfa7df33
+# %% ../../nbs/stages/40_training.ipynb #1973dda4
 def metrics_of(trained: Trained) -> dict[str, Any]:
     """Figures of a training run as plain JSON: means with intervals, the lead, the champion."""
     verdict, result = trained.verdict, trained.result
@@ -70,11 +71,13 @@ def plot_training(trained: Trained) -> Figure:
     weekly = trained.result.scores.group_by("day", "method").agg(pl.col("ap").mean()).sort("day")
     names = [RANKER, trained.verdict.baseline, "popular, 7 days"]
     shown = weekly.filter(pl.col("method").is_in(names))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.2))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
     lines = {name: shown[name].to_list() for name in ("day", "ap", "method")}
     sns.lineplot(lines, x="day", y="ap", hue="method", hue_order=names, marker="o", ax=left)
-    left.set(ylabel="MAP@12", ylim=(0, None))
-    left.tick_params(axis="x", rotation=30)
+    left.set(xlabel="", ylabel="MAP@12", ylim=(0, None))
+    left.xaxis.set_major_locator(AutoDateLocator(maxticks=6))
+    left.xaxis.set_major_formatter(ConciseDateFormatter(left.xaxis.get_major_locator()))
+    sns.move_legend(left, "lower center", bbox_to_anchor=(0.5, 1), title="", frameon=False)
     top = importance(trained.result.booster, 12)
     sns.barplot(x=top["gain"].to_list(), y=top["feature"].to_list(), ax=right, color="#4c72b0")
     right.set(xlabel="share of gain", ylabel="")
