@@ -23,6 +23,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'hm_reco.core.lake.Lake.uri': ('core/lake.html#lake.uri', 'hm_reco/core/lake.py'),
                                    'hm_reco.core.lake.MissingTableError': ('core/lake.html#missingtableerror', 'hm_reco/core/lake.py'),
                                    'hm_reco.core.lake._missing': ('core/lake.html#_missing', 'hm_reco/core/lake.py'),
+                                   'hm_reco.core.lake._s3_client': ('core/lake.html#_s3_client', 'hm_reco/core/lake.py'),
                                    'hm_reco.core.lake.append': ('core/lake.html#append', 'hm_reco/core/lake.py'),
                                    'hm_reco.core.lake.has_table': ('core/lake.html#has_table', 'hm_reco/core/lake.py'),
                                    'hm_reco.core.lake.open_lake': ('core/lake.html#open_lake', 'hm_reco/core/lake.py'),

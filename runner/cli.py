@@ -60,8 +60,10 @@ def _table(title: str, rows: list[dict[str, Any]]) -> None:
 def _show(title: str, rows: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows, default=str, indent=2))
-    else:
+    elif rows:
         _table(title, rows)
+    else:
+        console.print(title)
 
 
 @app.command()

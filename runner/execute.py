@@ -108,13 +108,21 @@ def _keep(lake: Lake, entry: Entry, output: Path) -> None:
         html = render_notebook(notebook, entry)
         report = put_file(lake.path("reports", entry.run_id, f"{entry.stage}.html"), html)
         entry.notebook, entry.report = str(path), str(report)
-    entry.state = "failed" if entry.error else "succeeded"
     if not entry.error:
-        manifest = read_manifest(lake, entry.run_id, entry.stage)
-        entry.inputs, entry.outputs = manifest["inputs"], manifest["outputs"]
-        entry.metrics = manifest["metrics"]
+        _take_manifest(lake, entry)
+    entry.state = "failed" if entry.error else "succeeded"
     enter(lake, entry)
     render_index(lake)
+
+
+def _take_manifest(lake: Lake, entry: Entry) -> None:
+    try:
+        manifest = read_manifest(lake, entry.run_id, entry.stage)
+    except FileNotFoundError:
+        entry.error = "no manifest: the notebook ran to its end, but never called write_manifest"
+        return
+    entry.inputs, entry.outputs = manifest["inputs"], manifest["outputs"]
+    entry.metrics = manifest["metrics"]
 
 
 def run_pipeline(

@@ -66,7 +66,8 @@ def read_parameters(notebook: Path) -> list[Parameter]:
         code = compile(ast.Expression(node.annotation), str(notebook), "eval")
         annotation = eval(code, {"__builtins__": {}}, TYPES)
         default = ast.literal_eval(node.value) if node.value else ...
-        text = comments.get(node.end_lineno or 0, "")
+        lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
+        text = " ".join(comments[line] for line in lines if line in comments)
         found.append(Parameter(node.target.id, annotation, default, text))
     return found
 

@@ -6,7 +6,7 @@
 __all__ = ['LakePath', 'STAGE_OF', 'Lake', 'open_lake', 'MissingTableError', 'has_table', 'open_table', 'table_version', 'scan',
            'write', 'append', 'put_file', 'write_manifest', 'read_manifest', 'read_and_written']
 
-# %% ../../nbs/core/01_lake.ipynb #d2fa665a
+# %% ../../nbs/core/01_lake.ipynb #b5e27c3e
 import json
 import mimetypes
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import boto3
 import pandas as pd
 import polars as pl
 from cloudpathlib import CloudPath, S3Client
@@ -43,19 +44,27 @@ class Lake:
         whole = "/".join((self.root, *parts))
         return self.client.CloudPath(whole) if self.client else Path(whole)
 
-# %% ../../nbs/core/01_lake.ipynb #81f7e80d
+# %% ../../nbs/core/01_lake.ipynb #d995e010
 def open_lake(root: str | None = None, settings: Settings | None = None) -> Lake:
     """The lake at `root` (default: the setting `lake`), a folder or `s3://bucket/prefix`."""
     settings = settings or Settings()
     root = str(root or settings.lake).rstrip("/")
     if root.startswith("s3://"):
-        session: dict[str, Any] = boto3_options(settings)
-        client = S3Client(content_type_method=mimetypes.guess_type, **session)
-        return Lake(root, storage_options(settings), client)
+        return Lake(root, storage_options(settings), _s3_client(settings))
     if "://" in root:
         raise ValueError(f"lake {root!r}: expected a folder or s3://bucket/prefix")
     home = find_settings_file()
     return Lake(str((home.parent if home else Path.cwd()) / root))
+
+# %% ../../nbs/core/01_lake.ipynb #12a0cbbf
+def _s3_client(settings: Settings) -> S3Client:
+    options = boto3_options(settings)
+    endpoint = options.pop("endpoint_url", None)
+    return S3Client(
+        boto3_session=boto3.Session(**options),
+        endpoint_url=endpoint,
+        content_type_method=mimetypes.guess_type,
+    )
 
 # %% ../../nbs/core/01_lake.ipynb #8fe6be87
 class MissingTableError(FileNotFoundError):
@@ -66,7 +75,7 @@ STAGE_OF = {"raw": "ingestion", "processed": "processing", "artifacts": "trainin
 
 
 def _missing(lake: Lake, name: str) -> MissingTableError:
-    stage = STAGE_OF.get(name.split("/")[0], "inference")
+    stage = STAGE_OF.get(name.split("/", maxsplit=1)[0], "inference")
     return MissingTableError(
         f"lake {lake.root!r} has no table {name!r}; the stage {stage!r} writes it: "
         f"hm run {stage} --lake {lake.root}"
@@ -111,9 +120,7 @@ def write(
 
 def append(lake: Lake, name: str, frame: pl.DataFrame) -> int:
     """Add rows to a table, making it when missing; concurrent appends are all kept."""
-    write_deltalake(
-        lake.uri(name), frame, mode="append", storage_options=lake.options or None
-    )
+    write_deltalake(lake.uri(name), frame, mode="append", storage_options=lake.options or None)
     return table_version(lake, name)
 
 # %% ../../nbs/core/01_lake.ipynb #cc76cb48
@@ -133,7 +140,7 @@ def put_file(path: LakePath, content: bytes | str) -> LakePath:
     return path
 
 # %% ../../nbs/core/01_lake.ipynb #77c21e16
-def write_manifest(  # noqa: PLR0913 - the fields of a manifest
+def write_manifest(
     lake: Lake,
     run_id: str,
     stage: str,

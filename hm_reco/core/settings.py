@@ -69,6 +69,9 @@ class Settings(BaseSettings):
     aws_secret_access_key: SecretStr | None = Field(
         None, validation_alias="aws_secret_access_key", description="Secret of the key"
     )
+    aws_session_token: SecretStr | None = Field(
+        None, validation_alias="aws_session_token", description="Token of a temporary key"
+    )
 
     @classmethod
     def settings_customise_sources(
@@ -107,6 +110,8 @@ def storage_options(settings: Settings) -> dict[str, str]:
     if settings.aws_access_key_id and settings.aws_secret_access_key:
         options["aws_access_key_id"] = settings.aws_access_key_id.get_secret_value()
         options["aws_secret_access_key"] = settings.aws_secret_access_key.get_secret_value()
+        if settings.aws_session_token:
+            options["aws_session_token"] = settings.aws_session_token.get_secret_value()
     return options
 
 # %% ../../nbs/core/00_settings.ipynb #ffefa11d

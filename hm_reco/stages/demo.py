@@ -27,7 +27,9 @@ def _folder() -> TemporaryDirectory[str]:
     return TemporaryDirectory(prefix="hm-demo-")
 
 
-def demo_lake(until: Literal["ingestion", "processing", "training"], customers: int = 2_000) -> Lake:
+def demo_lake(
+    until: Literal["ingestion", "processing", "training"], customers: int = 2_000
+) -> Lake:
     """A new lake with the sample world, as the stages up to `until` leave it."""
     root = Path(_folder().name) / f"{until}-{len(list(Path(_folder().name).iterdir()))}"
     write_sample(root / "source", customers)

@@ -30,7 +30,9 @@ def sizes(lake: Lake) -> pd.DataFrame:
     for name in ("customers", "articles"):
         row[f"{name} known"] = _rows(lake, f"processed/{name}")
     row["rows set aside"] = sum(_rows(lake, f"quarantine/{t}") for t in QUARANTINED)
-    return pd.DataFrame({"in the lake": {k: f"{v:,}" if isinstance(v, int) else str(v) for k, v in row.items()}})
+    return pd.DataFrame(
+        {"in the lake": {k: f"{v:,}" if isinstance(v, int) else str(v) for k, v in row.items()}}
+    )
 
 
 QUARANTINED = ("articles", "customers", "transactions")

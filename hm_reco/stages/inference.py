@@ -20,9 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..core.lake import Lake, MissingTableError, open_lake
-from ..core.settings import Settings
 from ..model.bundle import NoModelError, champion, load_bundle
-from ..model.history import History, as_of as history_as_of, load_history, parse_day
+from ..model.history import History, load_history, parse_day
+from ..model.history import as_of as history_as_of
 from ..model.recommend import Recommender, answer, open_recommender
 
 # %% ../../nbs/stages/50_inference.ipynb #3952487d
@@ -194,5 +194,7 @@ def portraits(history: History) -> dict[str, str]:
         "cooled": people.filter((pl.col("last") < old) & (pl.col("visits") > 2)),
         "new": people.filter(pl.col("last").is_null()),
     }
-    order = {kind: rows.sort("visits", "customer_id", descending=True) for kind, rows in kinds.items()}
+    order = {
+        kind: rows.sort("visits", "customer_id", descending=True) for kind, rows in kinds.items()
+    }
     return {kind: rows["customer_id"][0] for kind, rows in order.items() if not rows.is_empty()}

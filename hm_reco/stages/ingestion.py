@@ -57,7 +57,9 @@ def _unzip(archive: Path, folder: Path) -> None:
         names = choose(list(members), str(archive)).values()
         size = sum(members[name].file_size for name in names)
         if size > MAX_UNZIPPED:
-            raise ValueError(f"data {archive}: {size} bytes unzipped, at most {MAX_UNZIPPED} are read")
+            raise ValueError(
+                f"data {archive}: {size} bytes unzipped, at most {MAX_UNZIPPED} are read"
+            )
         for name in names:
             members[name].filename = name  # no folders of the archive's choosing
             zipped.extract(members[name], folder)

@@ -45,7 +45,9 @@ def process_purchases(lake: Lake, shards: int) -> int:
     articles = scan(lake, "processed/articles").collect()
     customers = scan(lake, "processed/customers").collect()
     rows = map_purchases(scan(lake, "raw/transactions"), articles, customers)
-    placed = rows.with_columns(shard=shard_of(pl.col("customer"), shards), week=monday(pl.col("day")))
+    placed = rows.with_columns(
+        shard=shard_of(pl.col("customer"), shards), week=monday(pl.col("day"))
+    )
     return write(lake, "processed/purchases", placed, partition_by=("shard", "week"))
 
 # %% ../../nbs/stages/20_processing.ipynb #5b02a149

@@ -1,0 +1,93 @@
+"""Fixtures: small lakes on a folder and on S3 (moto's server), and an environment of their own."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import httpx
+import pytest
+
+from hm_reco.core.lake import Lake, open_lake
+from hm_reco.core.sample import write_sample
+from hm_reco.stages.demo import demo_lake
+
+# a developer's own settings must not reach the tests
+for name in [name for name in os.environ if name.startswith(("HM_", "AWS_"))]:
+    del os.environ[name]
+os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "AWS_EC2_METADATA_DISABLED": "true"}
+
+BUCKET = "hm-reco-test"
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for(url: str, seconds: float = 120) -> None:
+    """Return when `url` answers 200; raise `TimeoutError` when it does not in time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if httpx.get(url, timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.2)
+    raise TimeoutError(url)
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sample world's three files, 2,000 customers."""
+    folder = tmp_path_factory.mktemp("sample")
+    write_sample(folder, 2_000)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """The root of an empty S3 bucket on a server of our own, with the environment set for it."""
+    # a process of its own: deltalake waits for S3 without letting go of Python's lock
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [
+        str(Path(sys.executable).with_name("moto_server")),
+        "-H",
+        "127.0.0.1",
+        "-p",
+        str(port),
+    ]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(f"{url}/moto-api/data.json")
+    settings = {
+        "AWS_ENDPOINT_URL": url,
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing-secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    os.environ |= settings
+    boto3.client("s3").create_bucket(Bucket=BUCKET)
+    yield f"s3://{BUCKET}"
+    server.terminate()
+    server.wait(timeout=30)
+    for name in settings:
+        del os.environ[name]
+
+
+@pytest.fixture(scope="session")
+def trained_lake() -> Lake:
+    """A lake with a champion; tests only read it."""
+    return demo_lake("training", 1_500)
+
+
+@pytest.fixture
+def lake(tmp_path: Path) -> Lake:
+    """An empty lake."""
+    return open_lake(str(tmp_path / "lake"))

@@ -1,0 +1,130 @@
+"""The whole way by papermill, to a folder and to S3: both recommend the same."""
+
+import json
+import re
+from pathlib import Path
+
+import boto3
+import polars as pl
+import pytest
+from typer.testing import CliRunner
+
+from hm_reco.core.lake import Lake, open_lake, scan
+from runner.cli import app
+from runner.ledger import read_ledger
+
+QUICK = ["evaluation_weeks=1", "training_weeks=4", "rounds=60", "as_of=2020-09-16"]
+OPTIONS = [text for assignment in QUICK for text in ("-p", assignment)]
+STAGES = ["ingestion", "processing", "eda", "training", "inference"]
+hm = CliRunner()
+
+
+def run(*words: str):
+    return hm.invoke(app, list(words), catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def folder_lake(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Lake:
+    root = str(tmp_path_factory.mktemp("whole") / "lake")
+    done = run("run", "--data", str(sample), "--lake", root, *OPTIONS)
+    assert done.exit_code == 0, done.output
+    # what a person sees at the end: the metric table, three customers, reports, how to serve
+    for text in ("MAP@12", "own history", "For a loyal", "For a cooled", "For a new", "hm serve"):
+        assert text in done.output
+    return open_lake(root)
+
+
+def test_each_stage_left_its_row_notebook_and_report(folder_lake):
+    rows = read_ledger(folder_lake).to_dicts()
+    assert [row["stage"] for row in rows] == STAGES
+    for row in rows:
+        assert row["state"] == "succeeded"
+        assert Path(row["notebook"]).is_file() and Path(row["report"]).is_file()
+    parameters = json.loads(rows[3]["parameters"])
+    assert parameters["as_of"] == "2020-09-16" and parameters["rounds"] == 60
+
+
+def test_reports_are_self_contained_and_hide_code(folder_lake):
+    pages = list(folder_lake.path("reports").rglob("*.html"))
+    assert len(pages) == 6
+    for page in pages:
+        text = page.read_text()
+        assert not re.search(r"""(src|href)=["']?(https?:)?//|@import""", text), page
+        assert "import polars" not in text and "<title>" in text
+
+
+def test_units_survive_processing(folder_lake):
+    raw = scan(folder_lake, "raw/transactions").select(pl.len()).collect().item()
+    units = scan(folder_lake, "processed/purchases").select(pl.col("units").sum()).collect().item()
+    weekly = scan(folder_lake, "processed/weekly_articles").select(pl.col("units").sum())
+    assert raw == units == weekly.collect().item()
+
+
+def test_a_submission_has_every_customer_and_12_articles(folder_lake, tmp_path):
+    out = tmp_path / "submission.csv"
+    assert run("submission", "--lake", folder_lake.root, "--out", str(out)).exit_code == 0
+    rows = pl.read_csv(out, infer_schema=False)
+    assert rows.columns == ["customer_id", "prediction"] and rows.height == 2_000
+    lists = rows["prediction"].str.split(" ")
+    assert (lists.list.len() == 12).all() and (lists.list.n_unique() == 12).all()
+    assert lists.explode().str.contains(r"^\d{10}$").all()
+
+
+def test_the_submission_knows_nothing_of_the_week(folder_lake, sample, tmp_path):
+    """The same run on files that end before the week gives the same lists."""
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    for name in ("articles.csv", "customers.csv"):
+        (cut / name).write_bytes((sample / name).read_bytes())
+    rows = pl.read_csv(sample / "transactions_train.csv", infer_schema=False)
+    rows.filter(pl.col("t_dat") < "2020-09-16").write_csv(cut / "transactions_train.csv")
+    root = str(tmp_path / "lake")
+    assert run("run", "--data", str(cut), "--lake", root, *OPTIONS).exit_code == 0
+    columns = ["customer_id", "rank"]
+    short, whole = (
+        scan(lake, "predictions/customers").sort(columns).collect()
+        for lake in (open_lake(root), folder_lake)
+    )
+    assert short.equals(whole)
+
+
+def test_s3_gives_the_same_recommendations(folder_lake, sample, s3):
+    done = run("run", "--data", str(sample), "--lake", f"{s3}/lake", *OPTIONS)
+    assert done.exit_code == 0, done.output
+    lake = open_lake(f"{s3}/lake")
+    columns = ["customer_id", "rank"]
+    there, here = (
+        scan(lake, "predictions/customers").sort(columns).collect() for lake in (lake, folder_lake)
+    )
+    assert there.equals(here)
+    pages = boto3.client("s3").list_objects_v2(
+        Bucket=s3.removeprefix("s3://"), Prefix="lake/reports/"
+    )
+    html = [o["Key"] for o in pages["Contents"] if o["Key"].endswith(".html")]
+    head = boto3.client("s3").head_object(Bucket=s3.removeprefix("s3://"), Key=html[0])
+    assert len(html) == 6 and head["ContentType"] == "text/html"
+    for row in read_ledger(lake).to_dicts():
+        assert "testing-secret" not in json.dumps(row, default=str)
+
+
+def test_recommend_knows_customers_and_strangers(folder_lake):
+    customer = scan(folder_lake, "raw/customers").head(1).collect()["customer_id"].item()
+    done = run("recommend", customer, "--lake", folder_lake.root, "--json")
+    rows = json.loads(done.output)
+    assert [row["rank"] for row in rows] == list(range(1, 13)) and rows[0]["article"]
+    stranger = run("recommend", "nobody", "--lake", folder_lake.root)
+    assert "a customer nobody knows" in stranger.output
+
+
+def test_runs_are_listed(folder_lake, tmp_path):
+    table = run("runs", "--lake", folder_lake.root)
+    assert table.output.count("succeeded") == 5
+    rows = json.loads(run("runs", "--lake", folder_lake.root, "--json").output)
+    assert rows[0]["stage"] == "ingestion" and rows[0]["seconds"] > 0
+    assert "No runs yet" in run("runs", "--lake", str(tmp_path / "empty")).output
+
+
+def test_one_stage_as_json(folder_lake):
+    done = run("run", "eda", "--lake", folder_lake.root, "--json")
+    [entry] = json.loads(done.output)
+    assert entry["stage"] == "eda" and entry["state"] == "succeeded"

@@ -1,0 +1,64 @@
+"""The sample world is calibrated: baselines score on it about what they score on H&M's data."""
+
+from datetime import timedelta
+
+import numpy as np
+import polars as pl
+import pytest
+
+from hm_reco.core.metrics import average_precision
+from hm_reco.core.sample import customer_file, customer_ids, make_world, write_sample
+from hm_reco.model.evaluation import BASELINES
+from hm_reco.model.features import open_week
+from hm_reco.model.history import sample_history
+
+
+@pytest.fixture(scope="module")
+def baselines() -> dict[str, float]:
+    """MAP@12 of two baselines over the last four weeks of the default world."""
+    shop = sample_history(20_000)
+    weeks = [open_week(shop, shop.day - timedelta(days=7 * back)) for back in range(1, 5)]
+    return {
+        name: np.concatenate(
+            [
+                average_precision(BASELINES[name](w.known, w.own, w.who, 12), w.sold)["ap"]
+                for w in weeks
+            ]
+        ).mean()
+        for name in ("popular, 7 days", "own history, half-life 28 days")
+    }
+
+
+def test_popularity_scores_as_on_real_data(baselines):
+    assert 0.007 <= baselines["popular, 7 days"] <= 0.009
+
+
+def test_decayed_history_scores_as_on_real_data(baselines):
+    assert 0.020 <= baselines["own history, half-life 28 days"] <= 0.024
+
+
+def test_the_world_is_the_same_for_the_same_seed(tmp_path):
+    for name in "ab":
+        write_sample(tmp_path / name, 200, seed=5)
+    for file in ("articles.csv", "customers.csv", "transactions_train.csv"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_gaps_are_where_the_real_file_has_them():
+    world = make_world(5_000, 1)
+    frame = customer_file(world.ages, customer_ids(5_000, 1), 1)
+    share = frame.null_count().row(0, named=True)
+    assert 0.6 < share["FN"] / 5_000 < 0.7 and 0.6 < share["Active"] / 5_000 < 0.7
+    assert 0.005 < share["age"] / 5_000 < 0.02
+    assert share["customer_id"] == 0
+
+
+def test_a_world_needs_a_customer(tmp_path):
+    with pytest.raises(ValueError, match="customers: expected 1 or more, found 0"):
+        write_sample(tmp_path, 0)
+
+
+@pytest.mark.parametrize("customers", [1, 2, 30])
+def test_the_smallest_worlds_can_be_made(tmp_path, customers):
+    rows = write_sample(tmp_path, customers)
+    assert pl.read_csv(tmp_path / "customers.csv").height == rows["customers"] == customers
