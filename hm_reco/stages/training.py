@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Trained', 'train_and_publish', 'metrics_of', 'plot_training']
 
-# %% ../../nbs/stages/40_training.ipynb #ab14f10b
+# %% ../../nbs/stages/40_training.ipynb #62dcf870
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import polars as pl
 import seaborn as sns
-from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 
 from ..core.lake import Lake
@@ -50,7 +49,7 @@ def train_and_publish(
     version = publish(lake, verdict, result.booster, plan.as_of, tables, run_id)
     return Trained(result, verdict, version)
 
-# %% ../../nbs/stages/40_training.ipynb #1973dda4
+# %% ../../nbs/stages/40_training.ipynb #041d0111
 def metrics_of(trained: Trained) -> dict[str, Any]:
     """Figures of a training run as plain JSON: means with intervals, the lead, the champion."""
     verdict, result = trained.verdict, trained.result
@@ -75,8 +74,9 @@ def plot_training(trained: Trained) -> Figure:
     lines = {name: shown[name].to_list() for name in ("day", "ap", "method")}
     sns.lineplot(lines, x="day", y="ap", hue="method", hue_order=names, marker="o", ax=left)
     left.set(xlabel="", ylabel="MAP@12", ylim=(0, None))
-    left.xaxis.set_major_locator(AutoDateLocator(maxticks=6))
-    left.xaxis.set_major_formatter(ConciseDateFormatter(left.xaxis.get_major_locator()))
+    days = weekly["day"].unique(maintain_order=True).to_list()
+    ticks = days[:: -(-len(days) // 5)]
+    left.set_xticks(ticks, [f"{day:%d %b %y}" for day in ticks])
     sns.move_legend(left, "lower center", bbox_to_anchor=(0.5, 1), title="", frameon=False)
     top = importance(trained.result.booster, 12)
     sns.barplot(x=top["gain"].to_list(), y=top["feature"].to_list(), ax=right, color="#4c72b0")

@@ -1,0 +1,211 @@
+"""Models that must not serve do not, and what the reports say is counted right."""
+
+from dataclasses import replace
+from datetime import date, timedelta
+
+import polars as pl
+import pytest
+from fastapi.testclient import TestClient
+
+from hm_reco.core.lake import Lake, scan
+from hm_reco.core.metrics import Interval
+from hm_reco.model.bundle import (
+    MANIFEST,
+    REGISTRY,
+    Bundle,
+    BundleError,
+    champion,
+    load_bundle,
+    publish,
+    save_bundle,
+)
+from hm_reco.model.evaluation import RANKER, Plan, Verdict, evaluate
+from hm_reco.model.features import labelled, open_week
+from hm_reco.model.history import (
+    as_of,
+    load_history,
+    make_history,
+    map_customers,
+    parse_day,
+    sample_history,
+)
+from hm_reco.model.ranker import Matrix, RankerSettings, score, to_matrix, train
+from hm_reco.model.recommend import predict_all
+from hm_reco.stages.demo import demo_lake
+from hm_reco.stages.eda import (
+    daily_units,
+    gini,
+    missing,
+    per_article,
+    per_customer,
+    rebuying,
+    sizes,
+    temperature,
+)
+from hm_reco.stages.inference import create_app, load_champion
+from hm_reco.stages.training import metrics_of, plot_training, train_and_publish
+
+BASELINE = "own history, half-life 28 days"
+
+
+@pytest.fixture(scope="module")
+def shop():
+    return sample_history(600)
+
+
+@pytest.fixture(scope="module")
+def week(shop) -> Matrix:
+    return to_matrix(labelled(open_week(shop, shop.day - timedelta(days=28), days=28)))
+
+
+def test_a_ranker_that_does_not_win_is_kept_but_the_baseline_serves(week):
+    lake = demo_lake("processing", 300)
+    history = load_history(lake)
+    booster = train([week], RankerSettings(rounds=3))
+    verdict = Verdict(BASELINE, Interval(0.001, -0.001, 0.003), {})
+    version = publish(lake, verdict, booster, history.day, {}, "r1")
+    assert version == champion(lake) == "r1-baseline"
+    rows = scan(lake, REGISTRY).sort("version").collect()
+    assert rows.select("version", "champion").rows() == [
+        ("r1-baseline", True),
+        ("r1-ranker", False),
+    ]
+    assert load_bundle(lake, "r1-ranker").booster.num_trees() == 3
+
+    with TestClient(create_app(lake)) as client:
+        assert client.get("/healthz").json()["method"] == BASELINE
+        answer = client.post("/predict", json={"customer_ids": ["x"]}).json()
+    assert answer["model_version"] == "r1-baseline"
+    assert {a["source"] for a in answer["recommendations"][0]["articles"]} == {"popular"}
+
+
+def test_a_training_run_publishes_and_reports(lake: Lake):
+    history = sample_history(1_500)
+    plan = Plan(history.day, evaluation_weeks=1, training_weeks=5)
+    told: list[str] = []
+    settings = RankerSettings(rounds=40)
+    trained = train_and_publish(
+        lake, history, plan, settings, {"processed/x": 1}, "r1", told.append
+    )
+    metrics = metrics_of(trained)
+    assert champion(lake) == metrics["champion"] and len(told) == 8
+    assert metrics["map12"][RANKER][0] == pytest.approx(
+        trained.verdict.means[RANKER].mean, abs=1e-6
+    )
+    assert load_bundle(lake, champion(lake)).tables == {"processed/x": 1}
+    assert len(plot_training(trained).axes) == 2
+
+
+def test_a_bundle_that_was_not_completely_written_is_refused(lake: Lake, week):
+    bundle = Bundle(
+        "v1", RANKER, date(2020, 9, 23), train([week], RankerSettings(rounds=2)), {}, {}
+    )
+    with pytest.raises(BundleError, match="never completely written"):
+        load_bundle(lake, "v1")
+    save_bundle(lake, bundle)
+    lake.path("artifacts", "models", "v1", "ranker.txt").unlink()
+    with pytest.raises(BundleError, match=r"'ranker.txt' is missing"):
+        load_bundle(lake, "v1")
+    save_bundle(lake, replace(bundle, method="magic"))
+    with pytest.raises(BundleError, match="cannot serve method 'magic'"):
+        load_bundle(lake, "v1")
+    assert lake.path("artifacts", "models", "v1", MANIFEST).is_file()
+
+
+def test_a_model_of_other_features_is_refused(week):
+    booster = train([week], RankerSettings(rounds=2))
+    fewer = replace(week, values=week.values[:, 1:], names=week.names[1:])
+    with pytest.raises(ValueError, match="trained on other features"):
+        score(booster, fewer)
+
+
+def test_weeks_without_a_hit_teach_nothing(week):
+    with pytest.raises(ValueError, match="nothing to learn"):
+        train([replace(week, label=week.label * 0)])
+
+
+def test_a_plan_longer_than_the_history_is_refused(shop):
+    with pytest.raises(ValueError, match="130 weeks are asked for"):
+        evaluate(shop, Plan(shop.day, evaluation_weeks=100, training_weeks=30))
+
+
+def test_customers_per_week_bounds_a_week_by_lot(shop):
+    day = shop.day - timedelta(days=28)
+    whole, part = (open_week(shop, day, 28, customers) for customers in (0, 20))
+    assert part.who.height == 20 < whole.who.height
+    assert part.sold.join(part.who, on="customer", how="anti").is_empty()
+    assert open_week(shop, day, 28, 20, seed=1).who.equals(part.who) is False
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("16.9.2020", "expected a day like"), ("2031-01-01", "run from"), ("2018-09-20", "run from")],
+)
+def test_a_day_outside_of_the_purchases_is_refused(shop, text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_day(text, shop)
+
+
+def test_no_purchases_no_history(shop):
+    with pytest.raises(ValueError, match="nothing to learn from"):
+        make_history(shop.articles, shop.customers, shop.purchases.clear())
+
+
+def test_numbers_stay_when_customers_come():
+    raw = pl.DataFrame(
+        {
+            "customer_id": ["m", "a"],
+            "age": [30, None],
+            "Active": [1, None],
+            "fashion_news_frequency": ["NONE", None],
+            "club_member_status": ["ACTIVE", "something new"],
+        }
+    )
+    first = map_customers(raw)
+    more = map_customers(pl.concat([raw, raw.head(1).with_columns(customer_id=pl.lit("b"))]), first)
+    assert dict(more.select("customer_id", "customer").rows()) == {"a": 0, "m": 1, "b": 2}
+    assert more.sort("customer")["club"].to_list() == [-1, 0, 0]
+
+
+def test_predictions_do_not_depend_on_the_number_of_shards(trained_lake):
+    recommender = load_champion(trained_lake)
+    one, five = (
+        predict_all(recommender.history, recommender.bundle, shards).sort("customer", "rank")
+        for shards in (1, 5)
+    )
+    assert one.equals(five)
+
+
+def test_analysis_counts(trained_lake):
+    purchases = scan(trained_lake, "processed/purchases")
+    units = purchases.select(pl.col("units").sum()).collect().item()
+    last = purchases.select(pl.col("day").max()).collect().item()
+    people, articles = per_customer(purchases), per_article(purchases)
+    assert daily_units(purchases)["units"].sum() == units
+    assert people["units"].sum() == units == articles["units"].sum()
+    assert temperature(people, 1_500, last).iloc[:, 0].sum() == pytest.approx(100, abs=0.3)
+    assert sizes(trained_lake).loc["units", "in the lake"] == f"{units:,}"
+    assert missing(trained_lake).loc["FN", "empty, %"] > 50
+    assert 0 < gini(articles["units"]) < 1
+
+
+def test_rebuying_by_hand():
+    last = date(2020, 9, 22)
+    rows = [(1, 1, last), (1, 1, last - timedelta(days=9)), (1, 2, last), (2, 1, last)]
+    rows.append((2, 2, last - timedelta(days=9)))
+    purchases = pl.LazyFrame(rows, schema=["customer", "article", "day"], orient="row")
+    products = pl.LazyFrame(
+        {"article": [1, 2], "product": [7, 7], "type": [3, 4], "department": [5, 5]}
+    )
+    again = rebuying(purchases, products, last)["bought again, %"]
+    assert again.to_dict() == {
+        "same article": 33.3,  # one of three
+        "same product": 100.0,  # both customers had product 7
+        "same type": 33.3,
+        "same department": 100.0,
+    }
+
+
+def test_history_as_of_is_a_part_of_itself(shop):
+    day = shop.day - timedelta(days=100)
+    assert as_of(as_of(shop, shop.day), day).purchases.equals(as_of(shop, day).purchases)
