@@ -64,7 +64,7 @@ def _papermill(stage: Stage, output: Path, parameters: dict[str, Any], progress:
             parameters=parameters,
             kernel_name="python3",
             language="python",
-            progress_bar=progress,
+            progress_bar={"desc": stage.name, "leave": False} if progress else False,
             extra_arguments=["--IPKernelApp.log_level=ERROR"],
             cwd=stage.notebook.parent,
         )
