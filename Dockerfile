@@ -1,7 +1,5 @@
 # One image for every stage and for the service: `docker run IMAGE run training ...`, `docker run IMAGE serve`.
 FROM python:3.11-slim AS build
-# PIP_EXTRA_INDEX_URL may point to PyTorch's CPU packages; PyPI's torch brings CUDA
-ARG PIP_EXTRA_INDEX_URL=""
 RUN python -m venv /opt/venv
 WORKDIR /src
 COPY requirements.lock pyproject.toml README.md LICENSE ./

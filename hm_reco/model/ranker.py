@@ -40,18 +40,18 @@ def to_matrix(frame: pl.DataFrame) -> Matrix:
     label = frame["label"].to_numpy() if "label" in frame.columns else np.empty(0, np.int8)
     return Matrix(values, names, frame.select("customer", "article"), label)
 
-# %% ../../nbs/model/03_ranker.ipynb #0c56cbce
+# %% ../../nbs/model/03_ranker.ipynb #e8f5abe4
 @dataclass(frozen=True)
 class RankerSettings:
     """What LightGBM is told; the rest of its parameters stay at their defaults."""
 
     objective: Literal["binary", "lambdarank"] = "binary"
-    num_leaves: int = 15
-    rounds: int = 200
+    num_leaves: int = 7
+    rounds: int = 300
     learning_rate: float = 0.05
     min_data_in_leaf: int = 100
-    lambda_l2: float = 50.0
-    feature_fraction: float = 0.5
+    lambda_l2: float = 100.0
+    feature_fraction: float = 0.3
     bagging_fraction: float = 0.8
     seed: int = 0
 
