@@ -88,7 +88,7 @@ def run(
         chosen = choose(load_pipeline(), stages or [])
         given = parse_assignments(parameter or [])
         if data is not None:
-            given["data"] = data if data.startswith("s3://") else str(Path(data).resolve())
+            given["data"] = data if data.startswith("s3://") else str(Path(data).expanduser().resolve())
         parameters = resolve(chosen, given)
         target, run_id = open_lake(lake), new_run_id()
         tell = (lambda *_: None) if as_json else _tell
@@ -104,7 +104,7 @@ def _tell(stage: str, entry: Any) -> None:
     if entry is None:
         console.print(f"{stage:<11} …", style="dim", end="\r" if console.is_terminal else "\n")
     else:
-        cost = f"{entry.seconds:6.1f} s  {entry.peak_memory_mb:6.0f} MB"
+        cost = f"{entry.seconds:6.1f} s, peak {entry.peak_memory_mb:5.0f} MB"
         console.print(f"{stage:<11} [green]done[/] {cost}", highlight=False)
 
 
@@ -131,7 +131,8 @@ def _summarize_training(metrics: dict[str, Any]) -> None:
     _table(f"Before {metrics['as_of']}, {metrics['customer_weeks']:,} customer-weeks", rows)
     mean, low, high = metrics["lead"]
     lead = f"{mean:.4f} ({low:.4f} .. {high:.4f})"
-    console.print(f"lead of the ranker over {metrics['best_baseline']!r}: {lead}", highlight=False)
+    over = f"lead of the ranker over {metrics['best_baseline']!r}"
+    console.print(f"{over}: {lead}", soft_wrap=True, highlight=False)
     console.print(f"champion: {metrics['champion_method']!r}\n", highlight=False)
 
 

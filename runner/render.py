@@ -39,7 +39,7 @@ def _title(notebook: NotebookNode) -> tuple[str, str]:
     lines = [line for line in notebook.cells[0].source.splitlines() if line.strip()]
     title = lines[0].lstrip("# ") if lines else ""
     purpose = next((line.lstrip("> ") for line in lines[1:] if line.startswith(">")), "")
-    return title, purpose
+    return title, purpose.replace("`", "")
 
 
 def _shown(notebook: NotebookNode) -> NotebookNode:

@@ -44,7 +44,7 @@ class Lake:
         whole = "/".join((self.root, *parts))
         return self.client.CloudPath(whole) if self.client else Path(whole)
 
-# %% ../../nbs/core/01_lake.ipynb #d995e010
+# %% ../../nbs/core/01_lake.ipynb #e11d7861
 def open_lake(root: str | None = None, settings: Settings | None = None) -> Lake:
     """The lake at `root` (default: the setting `lake`), a folder or `s3://bucket/prefix`."""
     settings = settings or Settings()
@@ -54,7 +54,7 @@ def open_lake(root: str | None = None, settings: Settings | None = None) -> Lake
     if "://" in root:
         raise ValueError(f"lake {root!r}: expected a folder or s3://bucket/prefix")
     home = find_settings_file()
-    return Lake(str((home.parent if home else Path.cwd()) / root))
+    return Lake(str((home.parent if home else Path.cwd()) / Path(root).expanduser()))
 
 # %% ../../nbs/core/01_lake.ipynb #12a0cbbf
 def _s3_client(settings: Settings) -> S3Client:
