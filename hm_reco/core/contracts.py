@@ -86,12 +86,12 @@ def columns_of(table: str) -> list[str]:
     """The columns that table `table` has in its source, in order."""
     return [name for name in SCHEMAS[table].column_names() if name != "unreadable"]
 
-# %% ../../nbs/core/02_contracts.ipynb #54c61e1b
+# %% ../../nbs/core/02_contracts.ipynb #42bf7572
 def _clean_id(column: pl.Expr) -> pl.Expr:
     """Ten digits again, from an id that became an integer or a float."""
     return column.str.strip_chars().str.replace(r"\.0+$", "").str.zfill(10)
 
-
+# %% ../../nbs/core/02_contracts.ipynb #c10ee934
 def _typed(name: str, kind: pl.DataType, source: pl.DataType) -> pl.Expr:
     column = pl.col(name)
     if name == "article_id":  # a float of ten digits is exact, its text may not be ("7.6e8")
@@ -104,7 +104,7 @@ def _typed(name: str, kind: pl.DataType, source: pl.DataType) -> pl.Expr:
         return pl.when(column == column.floor()).then(column).cast(kind, strict=False)
     return column.cast(kind, strict=False)
 
-# %% ../../nbs/core/02_contracts.ipynb #45176a12
+# %% ../../nbs/core/02_contracts.ipynb #0968905a
 def read_as(table: str, frame: pl.LazyFrame) -> pl.LazyFrame:
     """A source's frame with the columns and types of contract `table`, and `unreadable`.
 
@@ -123,21 +123,21 @@ def read_as(table: str, frame: pl.LazyFrame) -> pl.LazyFrame:
     text = pl.concat_str(lost, separator=", ", ignore_nulls=True).replace("", None)
     return _repaired(table, frame.select(*typed, unreadable=text))
 
-
+# %% ../../nbs/core/02_contracts.ipynb #a7c28bad
 def _lost_text(name: str, typed: pl.Expr) -> pl.Expr:
     """`name='text'` where a value that is there could not be read, else null."""
     text = pl.col(name).cast(pl.String)
     lost = typed.is_null() & (text.str.strip_chars() != "")
     return pl.when(lost).then(pl.format(f"{name}='{{}}'", text))
 
-
+# %% ../../nbs/core/02_contracts.ipynb #4c66c7e8
 def _repaired(table: str, frame: pl.LazyFrame) -> pl.LazyFrame:
     """Known dirty literals: Python's `None` as text means the value `NONE`."""
     if table != "customers":
         return frame
     return frame.with_columns(pl.col("fashion_news_frequency").replace("None", "NONE"))
 
-# %% ../../nbs/core/02_contracts.ipynb #02180d1c
+# %% ../../nbs/core/02_contracts.ipynb #52566c5f
 @dataclass(frozen=True)
 class Checked:
     """What a contract made of a source: `good` rows, and `bad` rows with the `rule` broken."""
@@ -145,7 +145,7 @@ class Checked:
     good: pl.LazyFrame
     bad: pl.LazyFrame
 
-
+# %% ../../nbs/core/02_contracts.ipynb #e616503b
 def check(table: str, typed: pl.LazyFrame) -> Checked:
     """Split the rows of `read_as` by contract `table`; both parts stay lazy.
 

@@ -66,11 +66,11 @@ def _s3_client(settings: Settings) -> S3Client:
         content_type_method=mimetypes.guess_type,
     )
 
-# %% ../../nbs/core/01_lake.ipynb #8fe6be87
+# %% ../../nbs/core/01_lake.ipynb #6ef3ad5f
 class MissingTableError(FileNotFoundError):
     """The lake has no such table (or no such version of it)."""
 
-
+# %% ../../nbs/core/01_lake.ipynb #75588dbf
 STAGE_OF = {"raw": "ingestion", "processed": "processing", "artifacts": "training"}
 
 
@@ -81,29 +81,29 @@ def _missing(lake: Lake, name: str) -> MissingTableError:
         f"hm run {stage} --lake {lake.root}"
     )
 
-# %% ../../nbs/core/01_lake.ipynb #1c95b4e5
+# %% ../../nbs/core/01_lake.ipynb #151322ef
 def has_table(lake: Lake, name: str) -> bool:
     """Is there a table `name`?"""
     return DeltaTable.is_deltatable(lake.uri(name), lake.options or None)
 
-
+# %% ../../nbs/core/01_lake.ipynb #c1a9bb03
 def open_table(lake: Lake, name: str, version: int | None = None) -> DeltaTable:
     """The Delta table `name`, at `version` (default: the newest); raises `MissingTableError`."""
     if not has_table(lake, name):
         raise _missing(lake, name)
     return DeltaTable(lake.uri(name), version=version, storage_options=lake.options or None)
 
-
+# %% ../../nbs/core/01_lake.ipynb #4dbc2099
 def table_version(lake: Lake, name: str) -> int:
     """Number of the newest commit of a table."""
     return open_table(lake, name).version()
 
-
+# %% ../../nbs/core/01_lake.ipynb #f13f62fd
 def scan(lake: Lake, name: str, version: int | None = None) -> pl.LazyFrame:
     """A table as a lazy frame, at `version` (default: the newest)."""
     return pl.scan_delta(open_table(lake, name, version))
 
-# %% ../../nbs/core/01_lake.ipynb #f0123432
+# %% ../../nbs/core/01_lake.ipynb #65ff405c
 def write(
     lake: Lake, name: str, frame: pl.LazyFrame | pl.DataFrame, partition_by: Sequence[str] = ()
 ) -> int:
@@ -117,7 +117,7 @@ def write(
     )
     return table_version(lake, name)
 
-
+# %% ../../nbs/core/01_lake.ipynb #2190babf
 def append(lake: Lake, name: str, frame: pl.DataFrame) -> int:
     """Add rows to a table, making it when missing; concurrent appends are all kept."""
     write_deltalake(lake.uri(name), frame, mode="append", storage_options=lake.options or None)
@@ -139,7 +139,7 @@ def put_file(path: LakePath, content: bytes | str) -> LakePath:
         part.unlink(missing_ok=True)
     return path
 
-# %% ../../nbs/core/01_lake.ipynb #77c21e16
+# %% ../../nbs/core/01_lake.ipynb #35ee619a
 def write_manifest(
     lake: Lake,
     run_id: str,
@@ -157,7 +157,7 @@ def write_manifest(
     put_file(lake.path("runs", run_id, f"{stage}.json"), json.dumps(manifest, indent=2))
     return manifest
 
-
+# %% ../../nbs/core/01_lake.ipynb #5fb23db8
 def read_manifest(lake: Lake, run_id: str, stage: str) -> dict[str, Any]:
     """The manifest that `write_manifest` left; raises `FileNotFoundError`."""
     return json.loads(lake.path("runs", run_id, f"{stage}.json").read_text())

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-# %% ../../nbs/core/03_metrics.ipynb #5357b202
+# %% ../../nbs/core/03_metrics.ipynb #b981da4d
 def _hits(predicted: pl.DataFrame, bought: pl.DataFrame, k: int) -> pl.DataFrame:
     """The first `k` predictions that were bought: columns `customer`, `rank`."""
     pairs = bought.select("customer", "article").unique()
     return predicted.filter(pl.col("rank") <= k).join(pairs, on=["customer", "article"], how="semi")
 
-
+# %% ../../nbs/core/03_metrics.ipynb #9f980025
 def average_precision(predicted: pl.DataFrame, bought: pl.DataFrame, k: int = 12) -> pl.DataFrame:
     """AP@k of each customer in `bought`: columns `customer`, `ap`.
 
@@ -37,7 +37,7 @@ def recall(predicted: pl.DataFrame, bought: pl.DataFrame, k: int = 12) -> float:
     pairs = bought.select("customer", "article").unique()
     return _hits(predicted, bought, k).height / pairs.height if pairs.height else float("nan")
 
-# %% ../../nbs/core/03_metrics.ipynb #fc9ea7c5
+# %% ../../nbs/core/03_metrics.ipynb #686f6f09
 @dataclass(frozen=True)
 class Interval:
     """A mean over customer-weeks with its bootstrap interval."""
@@ -50,7 +50,7 @@ class Interval:
         """The mean and the interval, in MAP@12's usual four digits."""
         return f"{self.mean:.4f} [{self.low:.4f}, {self.high:.4f}]"
 
-
+# %% ../../nbs/core/03_metrics.ipynb #edbf7ed6
 def bootstrap(
     customers: np.ndarray, values: np.ndarray, draws: int = 2000, level: float = 0.95, seed: int = 0
 ) -> Interval:

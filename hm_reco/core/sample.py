@@ -35,11 +35,11 @@ PEAKS = {"2018-09-29": 3.2, "2018-11-23": 3.2, "2019-07-24": 2.2, "2019-09-28": 
 PEAKS |= {"2019-11-29": 3.9, "2020-04-11": 3.4, "2020-01-01": 0.35}
 SALE_MONTHS = {6: 0.88, 7: 0.78, 8: 0.88, 1: 0.92}  # price level against the other months
 
-# %% ../../nbs/core/05_sample.ipynb #c7dd7218
+# %% ../../nbs/core/05_sample.ipynb #cbeefd00
 def _calendar() -> list[date]:
     return [FIRST_DAY + timedelta(days=i) for i in range(DAYS)]
 
-
+# %% ../../nbs/core/05_sample.ipynb #0c108b63
 def day_weights() -> np.ndarray:
     """Relative sales of each of the `DAYS` days."""
     weights = np.empty(DAYS)
@@ -144,18 +144,18 @@ class Catalogue:
     style_group: np.ndarray  # of each style: row of GROUPS
     style_age: np.ndarray  # of each style: the age it is made for
 
-# %% ../../nbs/core/05_sample.ipynb #1ec469e4
+# %% ../../nbs/core/05_sample.ipynb #795cedaa
 def articles_for(customers: int) -> int:
     """A catalogue's size for a number of customers: the full one at full size, fewer for few."""
     return max(600, round(FULL_ARTICLES * (customers / FULL_CUSTOMERS) ** 0.5))
 
-
+# %% ../../nbs/core/05_sample.ipynb #b4414d74
 def _styles(rng: Generator) -> tuple[np.ndarray, np.ndarray]:
     group = np.repeat(np.arange(len(GROUPS)), [g[3] for g in GROUPS])
     age = rng.choice([21, 26, 33, 44, 54], group.size, p=[0.3, 0.25, 0.15, 0.15, 0.15])
     return group, np.where(group == 1, 20 + 6 * rng.random(group.size), age)
 
-
+# %% ../../nbs/core/05_sample.ipynb #ffd42171
 def _products(rng: Generator, count: int, style_group: np.ndarray) -> dict[str, np.ndarray]:
     """Style, type, life and launch of `count` products."""
     share = np.array([g[2] for g in GROUPS])[style_group] / np.bincount(style_group)[style_group]
@@ -168,7 +168,7 @@ def _products(rng: Generator, count: int, style_group: np.ndarray) -> dict[str, 
     launch = rng.uniform(-40, WEEKS, count) - np.where(basic, 50 * rng.random(count), 0)
     return {"style": style, "type_": type_, "life": life, "launch": launch}
 
-# %% ../../nbs/core/05_sample.ipynb #a0517e73
+# %% ../../nbs/core/05_sample.ipynb #5f31facc
 TOP_SHARE = 0.036  # of a week's sales, twelve best sellers; sets the popularity baseline
 
 
@@ -177,14 +177,14 @@ def _life_curve(age: np.ndarray, life: np.ndarray) -> np.ndarray:
     curve = np.minimum(1, 0.5 + age / 2) * np.exp(-1.2 * age / life)
     return np.where((age >= 0) & (age < life), curve, 0.0)
 
-
+# %% ../../nbs/core/05_sample.ipynb #b34d765a
 def _top_share(weight: np.ndarray, style: np.ndarray, demand: np.ndarray) -> float:
     """Share of sales of the twelve best sellers, when style s has share `demand[s]`."""
     total = np.bincount(style, weights=weight, minlength=demand.size)
     share = demand[style] * weight / np.maximum(total[style], 1e-12)
     return float(np.sort(share)[-12:].sum())
 
-
+# %% ../../nbs/core/05_sample.ipynb #f2d69a11
 def _spread(made: dict[str, np.ndarray], z: np.ndarray, style_group: np.ndarray) -> float:
     """The spread s for which appeals exp(s z) give `TOP_SHARE`, by bisection."""
     demand = GROUP_SALES[style_group] / np.bincount(style_group)[style_group]
@@ -196,7 +196,7 @@ def _spread(made: dict[str, np.ndarray], z: np.ndarray, style_group: np.ndarray)
         low, high = (low, spread) if np.mean(tops) > TOP_SHARE else (spread, high)
     return spread
 
-# %% ../../nbs/core/05_sample.ipynb #1417001b
+# %% ../../nbs/core/05_sample.ipynb #9467a101
 def _articles(
     rng: Generator, made: dict[str, np.ndarray], product: np.ndarray
 ) -> dict[str, np.ndarray]:
@@ -207,7 +207,7 @@ def _articles(
     each["life"] = np.ceil(each["life"] * rng.uniform(0.7, 1.3, product.size))
     return each
 
-
+# %% ../../nbs/core/05_sample.ipynb #3f771ae8
 def make_catalogue(rng: Generator, articles: int) -> Catalogue:
     """Invent `articles` articles."""
     style_group, style_age = _styles(rng)
@@ -255,14 +255,14 @@ class Shelves:
         """Is there nothing on shelf (week, style)?"""
         return (np.diff(self.start) == 0).reshape(-1, self.styles)
 
-# %% ../../nbs/core/05_sample.ipynb #1a1b09e4
+# %% ../../nbs/core/05_sample.ipynb #84ded582
 def _season(type_: np.ndarray, week: int) -> np.ndarray:
     month = (FIRST_DAY + timedelta(days=7 * week)).month
     peak = np.array([t[5] for t in TYPES])[type_]
     swing = 1 + 0.8 * np.cos((month - peak) * np.pi / 6)
     return np.where(peak == 0, 1.0, swing)
 
-
+# %% ../../nbs/core/05_sample.ipynb #3511f63d
 def fill_shelves(catalogue: Catalogue) -> Shelves:
     """What is on sale, with weights, for all weeks."""
     styles = catalogue.style_group.size
@@ -292,13 +292,13 @@ class People:
     again: np.ndarray  # chance that a purchase repeats a recent one
     period: np.ndarray  # days between purchases of her basic; 0: has none
 
-# %% ../../nbs/core/05_sample.ipynb #e98f2a3c
+# %% ../../nbs/core/05_sample.ipynb #a0062941
 def _ages(rng: Generator, n: int) -> np.ndarray:
     kind = rng.choice(3, n, p=[0.56, 0.18, 0.26])
     age = np.where(kind == 0, 17 + rng.gamma(3.2, 2.7, n), rng.normal(37, 7, n))
     return np.clip(np.where(kind == 2, rng.normal(52, 7.5, n), age), 16, 99).astype(int)
 
-
+# %% ../../nbs/core/05_sample.ipynb #3be69964
 def _homes(rng: Generator, age: np.ndarray, catalogue: Catalogue) -> np.ndarray:
     """Four styles for each customer, drawn by group sales and nearness in age."""
     group = catalogue.style_group
@@ -308,7 +308,7 @@ def _homes(rng: Generator, age: np.ndarray, catalogue: Catalogue) -> np.ndarray:
     score = np.log(share * near + 1e-9) + rng.gumbel(size=near.shape)
     return np.argsort(-score, axis=1)[:, :4]
 
-
+# %% ../../nbs/core/05_sample.ipynb #6a6d7a35
 def make_people(rng: Generator, n: int, catalogue: Catalogue) -> People:
     """Invent `n` customers."""
     age = _ages(rng, n)
@@ -330,7 +330,7 @@ def make_people(rng: Generator, n: int, catalogue: Catalogue) -> People:
         period=np.where(has_basic, rng.integers(21, 120, n), 0),
     )
 
-# %% ../../nbs/core/05_sample.ipynb #acdfb5b1
+# %% ../../nbs/core/05_sample.ipynb #91405853
 def _visits(rng: Generator, people: People, cumulated: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Customer and day of each visit, sorted; `cumulated` are the days' weights, summed up."""
     who = np.repeat(np.arange(people.visits.size), people.visits)
@@ -341,7 +341,7 @@ def _visits(rng: Generator, people: People, cumulated: np.ndarray) -> tuple[np.n
     order = np.lexsort((day, who))
     return who[order], day[order]
 
-
+# %% ../../nbs/core/05_sample.ipynb #f2d7a30c
 @dataclass(frozen=True)
 class Rows:
     """Purchases in the making: one entry per row, sorted by customer and visit."""
@@ -352,7 +352,7 @@ class Rows:
     first: np.ndarray  # index of the customer's first row
     visit: np.ndarray  # index of the visit's first row
 
-
+# %% ../../nbs/core/05_sample.ipynb #0256f840
 def _rows(rng: Generator, people: People, who: np.ndarray, day: np.ndarray) -> Rows:
     size = 1 + rng.poisson(people.basket[who] - 1)
     online = rng.random(who.size) < people.online[who]
@@ -360,7 +360,7 @@ def _rows(rng: Generator, people: People, who: np.ndarray, day: np.ndarray) -> R
     who, day, online = (np.repeat(column, size) for column in (who, day, online))
     return Rows(who, day, online, np.searchsorted(who, who), visit)
 
-# %% ../../nbs/core/05_sample.ipynb #a2ea8221
+# %% ../../nbs/core/05_sample.ipynb #530f4d2d
 AGAIN, COLOUR, WITH, NEW = range(4)
 
 
@@ -375,20 +375,20 @@ def _ways(rng: Generator, people: People, rows: Rows) -> tuple[np.ndarray, np.nd
     way[parent < rows.first] = NEW
     return way, np.where(way == NEW, index, parent)
 
-
+# %% ../../nbs/core/05_sample.ipynb #8b49057e
 def _companion(rng: Generator, article: np.ndarray, catalogue: Catalogue) -> np.ndarray:
     """Something that goes with an article: one of three of its style, launched near it."""
     step = 1 + (article * 7919 + rng.integers(0, 3, article.size) * 104_729) % 9
     other = np.minimum(article + step, catalogue.style.size - 1)
     return np.where(catalogue.style[other] == catalogue.style[article], other, article)
 
-
+# %% ../../nbs/core/05_sample.ipynb #6e97cd2e
 def _sibling(rng: Generator, article: np.ndarray, siblings: np.ndarray) -> np.ndarray:
     """Another colour of an article, or itself when it has one colour only."""
     start, count = siblings[article, 0], siblings[article, 1]
     return siblings[start + rng.integers(0, count), 2]
 
-# %% ../../nbs/core/05_sample.ipynb #5e170fa4
+# %% ../../nbs/core/05_sample.ipynb #623785cf
 def _siblings(catalogue: Catalogue) -> np.ndarray:
     """(n, 3): where an article's product starts, how many colours it has, articles by product."""
     order = np.argsort(catalogue.product, kind="stable")
@@ -396,12 +396,12 @@ def _siblings(catalogue: Catalogue) -> np.ndarray:
     count = np.bincount(catalogue.product)[catalogue.product]
     return np.column_stack((start, count, order))
 
-
+# %% ../../nbs/core/05_sample.ipynb #4bf9229e
 def _on_sale(catalogue: Catalogue, article: np.ndarray, week: np.ndarray) -> np.ndarray:
     age = week - catalogue.launch[article]
     return (age >= 0) & (age < catalogue.life[article])
 
-
+# %% ../../nbs/core/05_sample.ipynb #e207dafb
 def _follow(
     rng: Generator,
     rows: Rows,
@@ -423,7 +423,7 @@ def _follow(
         known[ready] = True
     return article
 
-# %% ../../nbs/core/05_sample.ipynb #c75b56d1
+# %% ../../nbs/core/05_sample.ipynb #b0fcf193
 def _due(people: People, rows: Rows) -> np.ndarray:
     """First rows of a visit in which the customer's basic is due."""
     period = people.period[rows.who]
@@ -431,7 +431,7 @@ def _due(people: People, rows: Rows) -> np.ndarray:
     later = (rows.who[1:] == rows.who[:-1]) & (turn[1:] != turn[:-1])
     return np.flatnonzero(np.concatenate(([False], later)) & (period > 0))
 
-
+# %% ../../nbs/core/05_sample.ipynb #54e01b6c
 STRAY = 0.35  # share of new articles that follow someone else's taste
 
 
@@ -444,7 +444,7 @@ def _new_articles(rng: Generator, people: People, rows: Rows, shelves: Shelves) 
     fallback = np.argmin(shelves.empty(), axis=1)  # some style that has something this week
     return shelves.draw(rng, week, np.where(bare, fallback[week], style))
 
-
+# %% ../../nbs/core/05_sample.ipynb #8bbf1c5b
 def draw_purchases(
     rng: Generator, people: People, catalogue: Catalogue, shelves: Shelves
 ) -> pl.DataFrame:
@@ -462,7 +462,7 @@ def draw_purchases(
     frame = {"customer": rows.who, "article": article, "day": rows.day, "online": rows.online}
     return pl.DataFrame(frame).filter(keep)
 
-
+# %% ../../nbs/core/05_sample.ipynb #c98bd79b
 def _seen(who: np.ndarray, article: np.ndarray, catalogue: Catalogue) -> np.ndarray:
     """Rows whose customer has the article already; few people take the same by chance."""
     pair = who * catalogue.style.size + article
@@ -470,7 +470,7 @@ def _seen(who: np.ndarray, article: np.ndarray, catalogue: Catalogue) -> np.ndar
     seen[np.unique(pair, return_index=True)[1]] = False
     return seen
 
-
+# %% ../../nbs/core/05_sample.ipynb #01273de5
 def _basics(rng: Generator, people: People, catalogue: Catalogue) -> np.ndarray:
     """A long-lived article for each customer, of her dearest style where it has one."""
     basic = np.flatnonzero(catalogue.life > 70)
@@ -481,7 +481,7 @@ def _basics(rng: Generator, people: People, catalogue: Catalogue) -> np.ndarray:
     )
     return basic[np.minimum(at.astype(int), basic.size - 1)]
 
-# %% ../../nbs/core/05_sample.ipynb #9aeaf168
+# %% ../../nbs/core/05_sample.ipynb #6decd2c7
 def _prices(rng: Generator, frame: pl.DataFrame, catalogue: Catalogue) -> np.ndarray:
     article, day = frame["article"].to_numpy(), frame["day"].to_numpy()
     sale = np.array([SALE_MONTHS.get(d.month, 1.0) for d in _calendar()])[day]
@@ -490,7 +490,7 @@ def _prices(rng: Generator, frame: pl.DataFrame, catalogue: Catalogue) -> np.nda
     cut = np.where(old & (rng.random(day.size) < 0.6), np.minimum(cut, 0.6), cut)
     return np.maximum(np.round(catalogue.euro[article] * cut, 2), 0.99) / EURO
 
-
+# %% ../../nbs/core/05_sample.ipynb #24707c64
 def finish(rng: Generator, frame: pl.DataFrame, catalogue: Catalogue) -> pl.DataFrame:
     """Add price and repeated units; small types, since there may be 30 million rows."""
     units = 1 + rng.binomial(3, 0.034, frame.height)
@@ -504,7 +504,7 @@ def finish(rng: Generator, frame: pl.DataFrame, catalogue: Catalogue) -> pl.Data
         channel=channel,
     )
 
-# %% ../../nbs/core/05_sample.ipynb #7f9aa706
+# %% ../../nbs/core/05_sample.ipynb #3e6c2b4d
 CHUNK = 50_000  # customers drawn at a time, which bounds the memory
 
 
@@ -516,7 +516,7 @@ class World:
     ages: np.ndarray
     purchases: pl.DataFrame  # sorted by day: customer, article, day, price, channel
 
-
+# %% ../../nbs/core/05_sample.ipynb #b17ef667
 def make_world(customers: int = 20_000, seed: int = 0) -> World:
     """Invent a shop with `customers` customers; the same seed gives the same shop."""
     rng = np.random.default_rng(seed)
@@ -531,11 +531,11 @@ def make_world(customers: int = 20_000, seed: int = 0) -> World:
     purchases = pl.concat(parts).sort("day", maintain_order=True)
     return World(catalogue, np.concatenate(ages), purchases)
 
-# %% ../../nbs/core/05_sample.ipynb #7d1c5175
+# %% ../../nbs/core/05_sample.ipynb #61b3c229
 def _pick(names: list[str], index: np.ndarray) -> pl.Series:
     return pl.Series(names, dtype=pl.String).gather(index)
 
-
+# %% ../../nbs/core/05_sample.ipynb #001cbcf9
 def article_ids(catalogue: Catalogue) -> pl.Series:
     """Ten digits each: the product's code, rising with the launch, and the colour's number."""
     code = 100_000 + catalogue.product * 7
@@ -545,14 +545,14 @@ def article_ids(catalogue: Catalogue) -> pl.Series:
     ids = pl.Series(code * 1000 + number + 1)
     return ids.cast(pl.String).str.zfill(10)
 
-
+# %% ../../nbs/core/05_sample.ipynb #53464737
 def customer_ids(count: int, seed: int) -> pl.Series:
     """64 hexadecimal digits each."""
     return pl.Series(
         [hashlib.sha256(f"{seed}/{i}".encode()).hexdigest() for i in range(count)], dtype=pl.String
     )
 
-# %% ../../nbs/core/05_sample.ipynb #1f4e008d
+# %% ../../nbs/core/05_sample.ipynb #e33f3f9d
 def _names(catalogue: Catalogue) -> dict[str, pl.Series]:
     """Product names and descriptions, the same for all colours of a product."""
     number, types = catalogue.product, [t[0] for t in TYPES]
@@ -567,7 +567,7 @@ def _names(catalogue: Catalogue) -> dict[str, pl.Series]:
     described = described.to_frame("d").select(pl.when(~missing).then(pl.col("d")))["d"]
     return {"prod_name": word + " " + cut + " " + kind.str.to_lowercase(), "detail_desc": described}
 
-
+# %% ../../nbs/core/05_sample.ipynb #ab17cc4c
 def article_file(catalogue: Catalogue) -> pl.DataFrame:
     """The article file: 25 columns, in Kaggle's order, sorted by id."""
     group = catalogue.style_group[catalogue.style]
@@ -618,12 +618,12 @@ _KAGGLE_ARTICLES = [
 ]
 _KAGGLE_ARTICLES = [name for line in _KAGGLE_ARTICLES for name in line.split()]
 
-# %% ../../nbs/core/05_sample.ipynb #30433d07
+# %% ../../nbs/core/05_sample.ipynb #180fea71
 def _or_missing(rng: Generator, values: pl.Series, share: float) -> pl.Series:
     gone = pl.Series(rng.random(len(values)) < share)
     return values.to_frame("v").select(pl.when(~gone).then(pl.col("v")))["v"]
 
-
+# %% ../../nbs/core/05_sample.ipynb #03b95bc7
 def customer_file(ages: np.ndarray, ids: pl.Series, seed: int) -> pl.DataFrame:
     """The customer file: 7 columns, sorted by id."""
     rng, n = np.random.default_rng([seed, 1]), ages.size
@@ -644,7 +644,7 @@ def customer_file(ages: np.ndarray, ids: pl.Series, seed: int) -> pl.DataFrame:
     }
     return pl.DataFrame(columns).sort("customer_id")
 
-# %% ../../nbs/core/05_sample.ipynb #06411090
+# %% ../../nbs/core/05_sample.ipynb #734700a2
 ROWS_AT_ONCE = 2_000_000
 
 
@@ -660,7 +660,7 @@ def transaction_slices(world: World, ids: pl.Series) -> Iterator[pl.DataFrame]:
         }
         yield pl.DataFrame(columns).with_columns(rows["price"], sales_channel_id=rows["channel"])
 
-
+# %% ../../nbs/core/05_sample.ipynb #91015ea3
 def write_sample(folder: Path | str, customers: int = 20_000, seed: int = 0) -> dict[str, int]:
     """Write `articles.csv`, `customers.csv`, `transactions_train.csv`; returns rows per table."""
     if customers < 1:

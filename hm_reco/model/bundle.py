@@ -20,14 +20,14 @@ import polars as pl
 from ..core.lake import Lake, append, has_table, put_file, scan
 from .evaluation import BASELINES, RANKER, Verdict
 
-# %% ../../nbs/model/05_bundle.ipynb #54e0bbef
+# %% ../../nbs/model/05_bundle.ipynb #3fbfc70f
 RANKER_FILE, MANIFEST = "ranker.txt", "bundle.json"
 
 
 class BundleError(ValueError):
     """A bundle that is incomplete, altered or not understood."""
 
-
+# %% ../../nbs/model/05_bundle.ipynb #cc3b7ee0
 @dataclass(frozen=True)
 class Bundle:
     """A model: the method that ranks, and the booster when it is the ranker."""
@@ -39,7 +39,7 @@ class Bundle:
     metrics: Mapping[str, Any]
     tables: Mapping[str, int]  # versions of the tables that it was trained on
 
-# %% ../../nbs/model/05_bundle.ipynb #a8355cd5
+# %% ../../nbs/model/05_bundle.ipynb #898a8051
 def save_bundle(lake: Lake, bundle: Bundle) -> None:
     """Write a bundle's files, and last the manifest that vouches for them."""
     files = {RANKER_FILE: bundle.booster.model_to_string()} if bundle.booster else {}
@@ -55,7 +55,7 @@ def save_bundle(lake: Lake, bundle: Bundle) -> None:
         put_file(_at(lake, bundle.version, name), text)
     put_file(_at(lake, bundle.version, MANIFEST), json.dumps(manifest, indent=2))
 
-
+# %% ../../nbs/model/05_bundle.ipynb #6c276a4d
 def load_bundle(lake: Lake, version: str) -> Bundle:
     """Read a bundle. Raises `BundleError` naming what is missing or does not match."""
     path = _at(lake, version, MANIFEST)
@@ -70,15 +70,15 @@ def load_bundle(lake: Lake, version: str) -> Bundle:
     day = date.fromisoformat(manifest["as_of"])
     return Bundle(version, method, day, booster, manifest["metrics"], manifest["tables"])
 
-
+# %% ../../nbs/model/05_bundle.ipynb #debb848f
 def _at(lake: Lake, version: str, name: str) -> Any:
     return lake.path("artifacts", "models", version, name)
 
-
+# %% ../../nbs/model/05_bundle.ipynb #f8a6ad19
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
-
+# %% ../../nbs/model/05_bundle.ipynb #4019fb63
 def _vouched(lake: Lake, version: str, name: str, sha256: str) -> str:
     path = _at(lake, version, name)
     if not path.exists():
@@ -88,14 +88,14 @@ def _vouched(lake: Lake, version: str, name: str, sha256: str) -> str:
         raise BundleError(f"model {version!r}: file {name!r} is not the one that was saved")
     return data.decode()
 
-# %% ../../nbs/model/05_bundle.ipynb #b8e3bddd
+# %% ../../nbs/model/05_bundle.ipynb #650fa6fe
 REGISTRY = "artifacts/registry"
 
 
 class NoModelError(LookupError):
     """No model has been made champion in this lake."""
 
-
+# %% ../../nbs/model/05_bundle.ipynb #9c87f1a6
 def register(lake: Lake, bundle: Bundle, champion: bool, run_id: str) -> int:
     """Add a bundle to the registry, as champion or not; returns the registry's version."""
     row = {
@@ -109,7 +109,7 @@ def register(lake: Lake, bundle: Bundle, champion: bool, run_id: str) -> int:
     }
     return append(lake, REGISTRY, pl.DataFrame([row]))
 
-
+# %% ../../nbs/model/05_bundle.ipynb #a104a584
 def champion(lake: Lake) -> str:
     """Version of the model that shall serve; raises `NoModelError`."""
     rows = scan(lake, REGISTRY).filter("champion") if has_table(lake, REGISTRY) else None

@@ -19,27 +19,27 @@ from scipy import sparse
 
 from .history import History
 
-# %% ../../nbs/model/01_candidates.ipynb #ff159049
+# %% ../../nbs/model/01_candidates.ipynb #161a55b4
 def days_ago(day: date) -> pl.Expr:
     """Whole days between a purchase's `day` and `day`; yesterday is 1."""
     return (pl.lit(day) - pl.col("day")).dt.total_days().cast(pl.Int32)
 
-
+# %% ../../nbs/model/01_candidates.ipynb #bb388e23
 def decay(half_life: float) -> pl.Expr:
     """Weight of a purchase `ago` days old: halves every `half_life` days."""
     return 0.5 ** (pl.col("ago") / half_life)
 
-# %% ../../nbs/model/01_candidates.ipynb #f94851e7
+# %% ../../nbs/model/01_candidates.ipynb #adf3b656
 def exact_sum(value: pl.Expr, bits: int = 40) -> pl.Expr:
     """Sum in fixed point with `bits` binary places: the same in any order."""
     return (value * 2.0**bits).round().cast(pl.Int64).sum() / 2.0**bits
 
-
+# %% ../../nbs/model/01_candidates.ipynb #b4dd95d5
 def exact_mean(value: pl.Expr) -> pl.Expr:
     """Mean of the values that are there, the same in any order."""
     return exact_sum(value.cast(pl.Float64), 20) / value.count()
 
-# %% ../../nbs/model/01_candidates.ipynb #e4f0ac1e
+# %% ../../nbs/model/01_candidates.ipynb #1add550d
 def _sales(history: History) -> pl.DataFrame:
     """Sales of each article: units in windows, decayed units, days, price, buyers."""
     units, ago = pl.col("units"), pl.col("ago")
@@ -65,7 +65,7 @@ def _sales(history: History) -> pl.DataFrame:
     )
     return sales.collect()
 
-
+# %% ../../nbs/model/01_candidates.ipynb #639134b5
 def _rebuys(history: History) -> pl.DataFrame:
     """How often an article is bought again, and after how many days (median)."""
     days = history.purchases.lazy().select("customer", "article", "day").unique()
@@ -74,7 +74,7 @@ def _rebuys(history: History) -> pl.DataFrame:
     kept = gaps.filter(pl.col("gap").is_not_null()).group_by("article")
     return kept.agg(rebuys=pl.len(), rebuy_gap=pl.col("gap").median()).collect()
 
-
+# %% ../../nbs/model/01_candidates.ipynb #408cbe48
 def article_state(history: History) -> pl.DataFrame:
     """One row per article sold before `history.day`: its sales and its codes."""
     state = _sales(history).join(_rebuys(history), on="article", how="left")
@@ -87,7 +87,7 @@ def article_state(history: History) -> pl.DataFrame:
     codes = history.articles.drop("article_id", "name")
     return state.join(codes, on="article", how="left").sort("article")
 
-# %% ../../nbs/model/01_candidates.ipynb #1d3741f4
+# %% ../../nbs/model/01_candidates.ipynb #551b1adf
 NEIGHBOUR_PURCHASES = 2_000_000  # the newest purchases that neighbours are counted on
 PER_CUSTOMER = 50  # of which the newest of each customer
 SMOOTHING = 3.0  # keeps articles that were bought once from being everybody's neighbour
@@ -105,7 +105,7 @@ def _baskets(history: History) -> sparse.csr_matrix:
     shape = (row.max(initial=-1) + 1, articles.max(initial=-1) + 1)
     return sparse.csr_matrix((one, (row, column)), shape=shape)
 
-
+# %% ../../nbs/model/01_candidates.ipynb #bce3a578
 def neighbours(history: History, count: int = 30) -> pl.DataFrame:
     """The `count` nearest of each article: `article`, `neighbour`, `similarity`.
 
@@ -128,7 +128,7 @@ def neighbours(history: History, count: int = 30) -> pl.DataFrame:
         }
     )
 
-
+# %% ../../nbs/model/01_candidates.ipynb #e0dd6499
 def _nearest(pairs: sparse.csr_matrix, row: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Columns and values of the `count` largest entries of a row, the largest first."""
     part = slice(pairs.indptr[row], pairs.indptr[row + 1])
@@ -139,7 +139,7 @@ def _nearest(pairs: sparse.csr_matrix, row: int, count: int) -> tuple[np.ndarray
     order = np.lexsort((column, -value))[: np.count_nonzero(value)]
     return column[order], value[order]
 
-# %% ../../nbs/model/01_candidates.ipynb #5c541861
+# %% ../../nbs/model/01_candidates.ipynb #d4e602e3
 AGE_BANDS = [22, 28, 35, 45, 55]
 USUAL_AGE = 33
 
@@ -149,7 +149,7 @@ def age_band() -> pl.Expr:
     age = pl.col("age").fill_null(USUAL_AGE)
     return pl.sum_horizontal((age > edge).cast(pl.Int32) for edge in AGE_BANDS)
 
-
+# %% ../../nbs/model/01_candidates.ipynb #37fc8a02
 def band_sales(history: History, days: int = 28, count: int = 30) -> pl.DataFrame:
     """Best sellers of each age band: `band`, `article`, `score`, `rank`."""
     bands = history.customers.lazy().select("customer", band=age_band())
@@ -160,7 +160,7 @@ def band_sales(history: History, days: int = 28, count: int = 30) -> pl.DataFram
     best = order.group_by("band", maintain_order=True).head(count)
     return best.with_columns(rank=pl.int_range(1, pl.len() + 1).over("band")).collect()
 
-# %% ../../nbs/model/01_candidates.ipynb #74ec80b6
+# %% ../../nbs/model/01_candidates.ipynb #04362e13
 @dataclass(frozen=True)
 class Known:
     """What is the same for all customers, as of `day`: small tables, computed once."""
@@ -171,19 +171,19 @@ class Known:
     bands: pl.DataFrame  # band_sales
     customers: pl.DataFrame  # as in History
 
-
+# %% ../../nbs/model/01_candidates.ipynb #957af096
 def learn(history: History) -> Known:
     """Compute the shared tables of a history."""
     state, near, bands = article_state(history), neighbours(history), band_sales(history)
     return Known(history.day, state, near, bands, history.customers)
 
-# %% ../../nbs/model/01_candidates.ipynb #ec8c9e93
+# %% ../../nbs/model/01_candidates.ipynb #e528614f
 def own_purchases(history: History, who: pl.DataFrame) -> pl.DataFrame:
     """The purchases of the customers in `who`, with their age in days as `ago`."""
     own = history.purchases.lazy().join(who.lazy().select("customer"), on="customer", how="semi")
     return own.with_columns(ago=days_ago(history.day)).drop("day").collect()
 
-
+# %% ../../nbs/model/01_candidates.ipynb #784d183f
 def best(frame: pl.DataFrame, count: int, *by: str) -> pl.DataFrame:
     """The first `count` rows of each customer by `score`, then `by`, then `article`; ranked."""
     order = ["customer", "score", *by, "article"]
@@ -202,13 +202,13 @@ def own_history(
     sales = known.state.select("article", "popularity")
     return best(score.join(sales, on="article", how="left"), count, "popularity")
 
-# %% ../../nbs/model/01_candidates.ipynb #d4790070
+# %% ../../nbs/model/01_candidates.ipynb #92f290d6
 def _recent(own: pl.DataFrame, count: int) -> pl.DataFrame:
     """Her last `count` distinct articles, with the days since."""
     last = own.group_by("customer", "article").agg(pl.col("ago").min())
     return last.sort("customer", "ago", "article").group_by("customer").head(count)
 
-
+# %% ../../nbs/model/01_candidates.ipynb #ad434ba0
 def near_last(known: Known, own: pl.DataFrame, who: pl.DataFrame, count: int = 50) -> pl.DataFrame:
     """Articles that go with her last 30 articles, the newest counting most."""
     weight = decay(30) + 0.05
@@ -218,7 +218,7 @@ def near_last(known: Known, own: pl.DataFrame, who: pl.DataFrame, count: int = 5
     )
     return best(score, count)
 
-
+# %% ../../nbs/model/01_candidates.ipynb #c7ed9416
 def variants(known: Known, own: pl.DataFrame, who: pl.DataFrame, count: int = 30) -> pl.DataFrame:
     """Articles of the products of her last 20 articles, best sellers first."""
     products = known.state.select("article", "product")
@@ -230,7 +230,7 @@ def variants(known: Known, own: pl.DataFrame, who: pl.DataFrame, count: int = 30
     score = pl.col("weight") * (pl.col("popularity_28") + 0.1)
     return best(pairs.with_columns(score=score), count)
 
-# %% ../../nbs/model/01_candidates.ipynb #7bf2284f
+# %% ../../nbs/model/01_candidates.ipynb #22499c31
 def department_sales(
     known: Known, own: pl.DataFrame, who: pl.DataFrame, count: int = 30
 ) -> pl.DataFrame:
@@ -247,7 +247,7 @@ def department_sales(
     pairs = liked.with_columns(share=share).drop("score").join(sold, on="department")
     return best(pairs.with_columns(score=pl.col("share") * (pl.col("popularity") + 0.01)), count)
 
-
+# %% ../../nbs/model/01_candidates.ipynb #e54208df
 def popular_with_age(
     known: Known, own: pl.DataFrame, who: pl.DataFrame, count: int = 30
 ) -> pl.DataFrame:
@@ -257,7 +257,7 @@ def popular_with_age(
     pairs = bands.join(known.bands.filter(pl.col("rank") <= count), on="band")
     return best(pairs, count)
 
-
+# %% ../../nbs/model/01_candidates.ipynb #f40951bd
 def popular(
     known: Known,
     own: pl.DataFrame,
@@ -270,7 +270,7 @@ def popular(
     top = order.head(count).select("article", score=by)
     return best(who.select("customer").join(top, how="cross"), count)
 
-# %% ../../nbs/model/01_candidates.ipynb #96c7b7b4
+# %% ../../nbs/model/01_candidates.ipynb #49b567ae
 Source = Callable[[Known, pl.DataFrame, pl.DataFrame], pl.DataFrame]
 SOURCES: dict[str, Source] = {
     "own": own_history,
@@ -286,7 +286,7 @@ def propose(known: Known, own: pl.DataFrame, who: pl.DataFrame) -> dict[str, pl.
     """The candidates of every source for the customers in `who`."""
     return {name: source(known, own, who) for name, source in SOURCES.items()}
 
-
+# %% ../../nbs/model/01_candidates.ipynb #3cd48a6c
 def union(proposed: dict[str, pl.DataFrame]) -> pl.DataFrame:
     """One row per customer and article, with `<source>_rank`, `<source>_score` and `source`."""
     joined = pl.concat([p.select("customer", "article") for p in proposed.values()]).unique()

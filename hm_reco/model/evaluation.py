@@ -21,7 +21,7 @@ from .features import Week, labelled, open_week
 from .history import History
 from .ranker import Matrix, RankerSettings, score, to_matrix, train
 
-# %% ../../nbs/model/04_evaluation.ipynb #29e9e547
+# %% ../../nbs/model/04_evaluation.ipynb #3bc9fed3
 Baseline = Callable[[Known, pl.DataFrame, pl.DataFrame, int], pl.DataFrame]
 
 
@@ -33,11 +33,11 @@ def filled(lists: pl.DataFrame, fill: pl.DataFrame, count: int) -> pl.DataFrame:
     ranked = order.with_columns(rank=pl.int_range(1, pl.len() + 1).over("customer"))
     return ranked.filter(pl.col("rank") <= count).drop("part")
 
-
+# %% ../../nbs/model/04_evaluation.ipynb #f18a5130
 def _popular(by: str) -> Baseline:
     return lambda known, own, who, count: popular(known, own, who, count, by)
 
-
+# %% ../../nbs/model/04_evaluation.ipynb #66f3fad1
 def _own(half_life: float) -> Baseline:
     def lists(known: Known, own: pl.DataFrame, who: pl.DataFrame, count: int) -> pl.DataFrame:
         mine = own_history(known, own, who, count, half_life)
@@ -45,7 +45,7 @@ def _own(half_life: float) -> Baseline:
 
     return lists
 
-
+# %% ../../nbs/model/04_evaluation.ipynb #fc93f292
 def _near(known: Known, own: pl.DataFrame, who: pl.DataFrame, count: int) -> pl.DataFrame:
     return filled(near_last(known, own, who, count), popular(known, own, who, 2 * count), count)
 
@@ -93,7 +93,7 @@ class Plan:
                 f"from {first} to {self.as_of} have {max(has, 0)} after four weeks to start with"
             )
 
-# %% ../../nbs/model/04_evaluation.ipynb #d2f6fcf7
+# %% ../../nbs/model/04_evaluation.ipynb #d429da47
 Report = Callable[[str], None]
 
 
@@ -105,12 +105,12 @@ class Evaluation:
     booster: lgb.Booster
     candidate_recall: float  # share of the judged weeks' purchases among the candidates
 
-
+# %% ../../nbs/model/04_evaluation.ipynb #8a2af1b3
 def _judge(day: date, method: str, lists: pl.DataFrame, week: Week) -> pl.DataFrame:
     ap = average_precision(lists, week.sold)
     return ap.select(pl.lit(day).alias("day"), "customer", pl.lit(method).alias("method"), "ap")
 
-
+# %% ../../nbs/model/04_evaluation.ipynb #0c3507bf
 RANKER = "ranker"
 
 
@@ -128,18 +128,18 @@ def _judge_ranker(
         for back in judged:
             yield _judge(plan.day(back), RANKER, score(booster, matrices[back]), weeks[back])
 
-# %% ../../nbs/model/04_evaluation.ipynb #eef6c467
+# %% ../../nbs/model/04_evaluation.ipynb #8e89f840
 def _open(history: History, plan: Plan, back: int) -> Week:
     days, customers = plan.horizon_days, plan.customers_per_week
     return open_week(history, plan.day(back), days, customers, plan.seed)
 
-
+# %% ../../nbs/model/04_evaluation.ipynb #e2c4c62a
 def _judge_baselines(plan: Plan, back: int, week: Week) -> Iterator[pl.DataFrame]:
     for name, baseline in BASELINES.items():
         lists = baseline(week.known, week.own, week.who, 12)
         yield _judge(plan.day(back), name, lists, week)
 
-
+# %% ../../nbs/model/04_evaluation.ipynb #f9c12c3a
 def evaluate(
     history: History,
     plan: Plan,
@@ -169,7 +169,7 @@ def evaluate(
     bought = sum(week.sold.height for week in judged.values())
     return Evaluation(pl.concat(scores), booster, hits / max(bought, 1))
 
-# %% ../../nbs/model/04_evaluation.ipynb #a3984f5e
+# %% ../../nbs/model/04_evaluation.ipynb #f86425b1
 def means(scores: pl.DataFrame) -> dict[str, Interval]:
     """MAP@12 of each method over all customer-weeks, with its interval."""
     parts = scores.partition_by("method", as_dict=True, maintain_order=True)
@@ -178,14 +178,14 @@ def means(scores: pl.DataFrame) -> dict[str, Interval]:
         for (method,), part in parts.items()
     }
 
-
+# %% ../../nbs/model/04_evaluation.ipynb #250c5384
 def difference(scores: pl.DataFrame, method: str, other: str) -> Interval:
     """By how much `method` is better than `other` on the same customers and weeks."""
     wide = scores.filter(pl.col("method").is_in([method, other]))
     wide = wide.pivot("method", index=["day", "customer"], values="ap").sort("day", "customer")
     return bootstrap(wide["customer"].to_numpy(), (wide[method] - wide[other]).to_numpy())
 
-
+# %% ../../nbs/model/04_evaluation.ipynb #20cdb2d1
 @dataclass(frozen=True)
 class Verdict:
     """Does the ranker beat the best baseline?"""
@@ -204,14 +204,14 @@ class Verdict:
         """What shall serve."""
         return RANKER if self.wins else self.baseline
 
-
+# %% ../../nbs/model/04_evaluation.ipynb #68ad9837
 def judge(scores: pl.DataFrame) -> Verdict:
     """Compare the ranker with the baseline that did best."""
     intervals = means(scores)
     baseline = max(BASELINES, key=lambda name: intervals[name].mean)
     return Verdict(baseline, difference(scores, RANKER, baseline), intervals)
 
-# %% ../../nbs/model/04_evaluation.ipynb #99f4e815
+# %% ../../nbs/model/04_evaluation.ipynb #54556487
 def ladder_table(verdict: Verdict) -> pd.DataFrame:
     """MAP@12 over all judged customer-weeks by method, with its 95 % interval."""
     rows = {
@@ -220,7 +220,7 @@ def ladder_table(verdict: Verdict) -> pd.DataFrame:
     }
     return pd.DataFrame(rows).T
 
-
+# %% ../../nbs/model/04_evaluation.ipynb #90321904
 def weekly_table(scores: pl.DataFrame) -> pd.DataFrame:
     """MAP@12 by week (rows, by first day) and method (columns), and the `customers` judged."""
     weeks = scores.group_by("day", "method").agg(pl.col("ap").mean(), n=pl.len())

@@ -79,7 +79,7 @@ def shared_features(own: pl.DataFrame, level: str) -> pl.DataFrame:
     share = weight / exact_sum(weight).over("customer")
     return counts.with_columns(share.alias(f"{level}_share"))
 
-# %% ../../nbs/model/02_features.ipynb #67149728
+# %% ../../nbs/model/02_features.ipynb #39c5f93e
 def add_features(known: Known, own: pl.DataFrame, candidates: pl.DataFrame) -> pl.DataFrame:
     """Candidates (`union`) with all features, in the candidates' order.
 
@@ -96,7 +96,7 @@ def add_features(known: Known, own: pl.DataFrame, candidates: pl.DataFrame) -> p
         frame = frame.join(shared_features(mine, level), on=["customer", level], how="left")
     return frame.with_columns(**_relations()).sort("customer", "article")
 
-
+# %% ../../nbs/model/02_features.ipynb #0d936fef
 def _relations() -> dict[str, pl.Expr]:
     """Features that relate the customer to the article."""
     usual_gap = pl.coalesce("pair_gap", "rebuy_gap")
@@ -108,7 +108,7 @@ def _relations() -> dict[str, pl.Expr]:
         "age_difference": pl.col("age") - pl.col("buyer_age"),
     }
 
-
+# %% ../../nbs/model/02_features.ipynb #08ff265c
 NO_FEATURES = ["customer", "article", "source", "product", "label"]
 
 
@@ -116,12 +116,12 @@ def feature_names(frame: pl.DataFrame) -> list[str]:
     """The columns that a ranker may learn from."""
     return [name for name in frame.columns if name not in NO_FEATURES]
 
-# %% ../../nbs/model/02_features.ipynb #47fce3c7
+# %% ../../nbs/model/02_features.ipynb #e3c4b4d4
 def candidates_for(known: Known, own: pl.DataFrame, who: pl.DataFrame) -> pl.DataFrame:
     """Candidates with features for the customers in `who`."""
     return add_features(known, own, union(propose(known, own, who)))
 
-
+# %% ../../nbs/model/02_features.ipynb #afed9dda
 @dataclass(frozen=True)
 class Week:
     """A past week to learn from or to be judged on: what was known, and what was bought."""
@@ -131,7 +131,7 @@ class Week:
     who: pl.DataFrame  # customers who bought in the week
     sold: pl.DataFrame  # what they bought: customer, article
 
-
+# %% ../../nbs/model/02_features.ipynb #e49b62a7
 def open_week(
     history: History, day: date, days: int = 7, customers: int = 0, seed: int = 0
 ) -> Week:
@@ -143,7 +143,7 @@ def open_week(
         sold = sold.join(who, on="customer", how="semi")
     return Week(learn(before), own_purchases(before, who), who, sold)
 
-
+# %% ../../nbs/model/02_features.ipynb #07a59d68
 def labelled(week: Week) -> pl.DataFrame:
     """The week's candidates with features and `label`, 1 where bought."""
     frame = candidates_for(week.known, week.own, week.who)

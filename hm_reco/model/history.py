@@ -39,7 +39,7 @@ class History:
     customers: pl.DataFrame
     day: date
 
-# %% ../../nbs/model/00_history.ipynb #bc5432ce
+# %% ../../nbs/model/00_history.ipynb #e87b88b5
 def as_of(history: History, day: date) -> History:
     """The history that is known when `day` begins: purchases of earlier days only.
 
@@ -49,13 +49,13 @@ def as_of(history: History, day: date) -> History:
         raise ValueError(f"as_of {day}: this history ends before {history.day}")
     return History(_before(history.purchases, day), history.articles, history.customers, day)
 
-
+# %% ../../nbs/model/00_history.ipynb #87fd7c66
 def week_of(history: History, day: date, days: int = 7) -> pl.DataFrame:
     """Labels: the distinct `customer`, `article` bought on the `days` days from `day` on."""
     rest = history.purchases.slice(_before(history.purchases, day).height)
     return _before(rest, day + timedelta(days=days)).select("customer", "article").unique()
 
-
+# %% ../../nbs/model/00_history.ipynb #2ccee5f7
 def _before(purchases: pl.DataFrame, day: date) -> pl.DataFrame:
     return purchases.head(purchases["day"].search_sorted(day, side="left"))
 
@@ -100,7 +100,7 @@ def number(ids: pl.DataFrame, key: str, name: str, given: pl.DataFrame | None) -
     count_on = new.cum_sum().cast(pl.Int32) + given[name].max()
     return known.with_columns(pl.when(new).then(count_on).otherwise(pl.col(name)).alias(name))
 
-# %% ../../nbs/model/00_history.ipynb #0472fe14
+# %% ../../nbs/model/00_history.ipynb #f59f6fab
 def map_articles(raw: pl.DataFrame, given: pl.DataFrame | None = None) -> pl.DataFrame:
     """Articles with their number and codes (`CODES` and `index`), their id and `name`."""
     codes = {name: pl.col(column).cast(pl.Int32) for name, column in CODES.items()}
@@ -108,7 +108,7 @@ def map_articles(raw: pl.DataFrame, given: pl.DataFrame | None = None) -> pl.Dat
     coded = raw.select("article_id", **codes, index=index.fill_null(-1), name="prod_name")
     return number(coded, "article_id", "article", given)
 
-
+# %% ../../nbs/model/00_history.ipynb #94648e7b
 def map_customers(raw: pl.DataFrame, given: pl.DataFrame | None = None) -> pl.DataFrame:
     """Customers with their number: `customer`, `customer_id`, `age`, `active`, `news`, `club`."""
     coded = raw.select(
@@ -122,7 +122,7 @@ def map_customers(raw: pl.DataFrame, given: pl.DataFrame | None = None) -> pl.Da
     )
     return number(coded, "customer_id", "customer", given)
 
-
+# %% ../../nbs/model/00_history.ipynb #0e579cfb
 def map_purchases(
     raw: pl.LazyFrame, articles: pl.DataFrame, customers: pl.DataFrame
 ) -> pl.LazyFrame:

@@ -17,7 +17,7 @@ import polars as pl
 from .candidates import best
 from .features import feature_names
 
-# %% ../../nbs/model/03_ranker.ipynb #b3f14f25
+# %% ../../nbs/model/03_ranker.ipynb #c8b74aa8
 @dataclass(frozen=True)
 class Matrix:
     """Candidates of one week: `values` (rows x features), and who and what each row is."""
@@ -32,7 +32,7 @@ class Matrix:
         """Candidates of each customer, in order."""
         return self.pairs.group_by("customer", maintain_order=True).len()["len"].to_numpy()
 
-
+# %% ../../nbs/model/03_ranker.ipynb #7f41468e
 def to_matrix(frame: pl.DataFrame) -> Matrix:
     """The features of `candidates_for` or `labelled` as numbers."""
     names = feature_names(frame)
@@ -61,7 +61,7 @@ class RankerSettings:
         fixed = {"bagging_freq": 1, "deterministic": True, "force_row_wise": True, "verbose": -1}
         return own | fixed | {"lambdarank_truncation_level": 20}
 
-# %% ../../nbs/model/03_ranker.ipynb #06921aca
+# %% ../../nbs/model/03_ranker.ipynb #600e371f
 def train(weeks: Sequence[Matrix], settings: RankerSettings | None = None) -> lgb.Booster:
     """Train on pooled weeks. Raises `ValueError` when no candidate was ever bought."""
     settings = settings or RankerSettings()
@@ -79,7 +79,7 @@ def train(weeks: Sequence[Matrix], settings: RankerSettings | None = None) -> lg
     )
     return lgb.train(settings.parameters(), data, settings.rounds)
 
-
+# %% ../../nbs/model/03_ranker.ipynb #040c0a45
 def score(booster: lgb.Booster, week: Matrix, count: int = 12) -> pl.DataFrame:
     """The `count` best candidates of each customer: `customer`, `article`, `score`, `rank`."""
     if booster.feature_name() != week.names:

@@ -19,7 +19,7 @@ from .features import candidates_for
 from .history import History
 from .ranker import score, to_matrix
 
-# %% ../../nbs/model/06_recommend.ipynb #82c06bbf
+# %% ../../nbs/model/06_recommend.ipynb #d098a85d
 def _ranked(
     known: Known, own: pl.DataFrame, who: pl.DataFrame, bundle: Bundle, count: int
 ) -> pl.DataFrame:
@@ -33,7 +33,7 @@ def _ranked(
     sources = candidates.select("customer", "article", "source")
     return lists.join(sources, on=["customer", "article"], how="left")
 
-
+# %% ../../nbs/model/06_recommend.ipynb #a0e32a1f
 def rank_customers(
     known: Known, own: pl.DataFrame, who: pl.DataFrame, bundle: Bundle, count: int = 12
 ) -> pl.DataFrame:
@@ -82,7 +82,7 @@ def open_recommender(history: History, bundle: Bundle) -> Recommender:
         dict(zip(articles["article_id"], articles["article"], strict=True)),
     )
 
-# %% ../../nbs/model/06_recommend.ipynb #2d70cd83
+# %% ../../nbs/model/06_recommend.ipynb #802a5284
 def _clicked(recommender: Recommender, customer: int, articles: Sequence[int]) -> pl.DataFrame:
     """Rows as in `own` for articles seen just now."""
     seen = pl.DataFrame({"article": articles}, schema={"article": pl.Int32}).unique()
@@ -93,7 +93,7 @@ def _clicked(recommender: Recommender, customer: int, articles: Sequence[int]) -
     own = recommender.by_customer
     return rows.select(pl.col(name).cast(own.schema[name]) for name in own.columns)
 
-
+# %% ../../nbs/model/06_recommend.ipynb #0310e07f
 STRANGER = -1  # number of a customer who is in no table
 
 
@@ -126,7 +126,7 @@ def answer(
 
 _ASKED = {"customer_id": pl.String, "customer": pl.Int32}
 
-# %% ../../nbs/model/06_recommend.ipynb #bf756822
+# %% ../../nbs/model/06_recommend.ipynb #53e19ce6
 AT_ONCE = 4_000  # customers ranked together
 
 
@@ -149,7 +149,7 @@ def predict_all(history: History, bundle: Bundle, shards: int = 1, count: int = 
 
     return pl.concat(map_shards(predict, range(shards)))
 
-
+# %% ../../nbs/model/06_recommend.ipynb #a3e2f388
 def with_ids(history: History, lists: pl.DataFrame) -> pl.LazyFrame:
     """Lists by id: `customer_id`, `rank`, `article_id`, `score`, `source`."""
     customers = history.customers.lazy().select("customer", "customer_id")

@@ -20,13 +20,13 @@ from .ingestion import ingest
 from .processing import process
 from .training import train_and_publish
 
-# %% ../../nbs/stages/00_demo.ipynb #db707de4
+# %% ../../nbs/stages/00_demo.ipynb #a55591d5
 @cache
 def _folder() -> TemporaryDirectory[str]:
     """A folder that lives as long as the process."""
     return TemporaryDirectory(prefix="hm-demo-")
 
-
+# %% ../../nbs/stages/00_demo.ipynb #e9e7ad88
 def demo_lake(
     until: Literal["ingestion", "processing", "training"], customers: int = 2_000
 ) -> Lake:
@@ -41,7 +41,7 @@ def demo_lake(
         _train(lake)
     return lake
 
-
+# %% ../../nbs/stages/00_demo.ipynb #40e0e18f
 def _train(lake: Lake) -> None:
     history = load_history(lake)
     plan = Plan(history.day, evaluation_weeks=2, training_weeks=4)

@@ -14,7 +14,7 @@ import polars as pl
 
 from ..core.lake import Lake, open_lake, scan, table_version
 
-# %% ../../nbs/stages/30_eda.ipynb #12e496bc
+# %% ../../nbs/stages/30_eda.ipynb #d8c7ebc6
 def sizes(lake: Lake) -> pd.DataFrame:
     """Rows, distinct keys and dates of the processed tables, and rows set aside at ingestion."""
     purchases = scan(lake, "processed/purchases")
@@ -34,14 +34,14 @@ def sizes(lake: Lake) -> pd.DataFrame:
         {"in the lake": {k: f"{v:,}" if isinstance(v, int) else str(v) for k, v in row.items()}}
     )
 
-
+# %% ../../nbs/stages/30_eda.ipynb #442c8a17
 QUARANTINED = ("articles", "customers", "transactions")
 
 
 def _rows(lake: Lake, name: str) -> int:
     return scan(lake, name).select(pl.len()).collect().item()
 
-
+# %% ../../nbs/stages/30_eda.ipynb #0885db24
 def missing(lake: Lake) -> pd.DataFrame:
     """Share of empty values by raw column, in percent; only columns that have any."""
     shares = []
@@ -52,13 +52,13 @@ def missing(lake: Lake) -> pd.DataFrame:
     frame = pd.DataFrame(shares, columns=["column", "table", "empty, %"]).set_index("column")
     return frame.sort_values("empty, %", ascending=False).rename_axis(None).round(2)
 
-# %% ../../nbs/stages/30_eda.ipynb #52f485d5
+# %% ../../nbs/stages/30_eda.ipynb #790dddf5
 def daily_units(purchases: pl.LazyFrame) -> pl.DataFrame:
     """Units by `day` and `channel` (1 shop, 2 online)."""
     units = purchases.group_by("day", "channel").agg(pl.col("units").sum())
     return units.sort("day", "channel").collect(engine="streaming")
 
-
+# %% ../../nbs/stages/30_eda.ipynb #c2a5f2ce
 def per_customer(purchases: pl.LazyFrame) -> pl.DataFrame:
     """Per customer: `units`, `visits` (days), `last` day."""
     counts = purchases.group_by("customer").agg(
@@ -66,7 +66,7 @@ def per_customer(purchases: pl.LazyFrame) -> pl.DataFrame:
     )
     return counts.collect(engine="streaming")
 
-
+# %% ../../nbs/stages/30_eda.ipynb #15f14a7f
 def per_article(purchases: pl.LazyFrame) -> pl.DataFrame:
     """Per article: `units`, `buyers`, `first` and `last` day sold; best sellers first."""
     counts = purchases.group_by("article").agg(
@@ -86,7 +86,7 @@ def gini(values: pl.Series) -> float:
     weighted = ordered @ np.arange(1, n + 1)
     return float(2 * weighted / (n * ordered.sum()) - (n + 1) / n)
 
-# %% ../../nbs/stages/30_eda.ipynb #98b52b27
+# %% ../../nbs/stages/30_eda.ipynb #2759a38b
 def rebuying(purchases: pl.LazyFrame, products: pl.LazyFrame, last: date) -> pd.DataFrame:
     """Of the last week's purchases, how many repeat an earlier one, by what repeats (percent)."""
     start = last - timedelta(days=6)
@@ -100,7 +100,7 @@ def rebuying(purchases: pl.LazyFrame, products: pl.LazyFrame, last: date) -> pd.
         shares[f"same {level}"] = 100 * total[1] / max(total[0], 1)
     return pd.DataFrame({"bought again, %": shares}).round(1)
 
-
+# %% ../../nbs/stages/30_eda.ipynb #b85cb7c6
 def temperature(customers: pl.DataFrame, known: int, last: date) -> pd.DataFrame:
     """Customers by when they last bought: share of all known customers, in percent."""
     ago = (pl.lit(last) - pl.col("last")).dt.total_days()

@@ -25,7 +25,7 @@ from ..model.history import History, load_history, parse_day
 from ..model.history import as_of as history_as_of
 from ..model.recommend import Recommender, answer, open_recommender
 
-# %% ../../nbs/stages/50_inference.ipynb #3952487d
+# %% ../../nbs/stages/50_inference.ipynb #edba0cb2
 CustomerId = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 ArticleId = Annotated[str, StringConstraints(pattern=r"^\d{10}$")]
 EXAMPLE: dict[str, Any] = {"customer_ids": ["somebody-new"], "k": 3, "recent_articles": []}
@@ -42,7 +42,7 @@ class PredictRequest(BaseModel):
         [], max_length=50, description="Articles seen just now, by each of the customers"
     )
 
-
+# %% ../../nbs/stages/50_inference.ipynb #73ac7f38
 class Article(BaseModel):
     """A recommended article."""
 
@@ -50,7 +50,7 @@ class Article(BaseModel):
     score: float = Field(description="Comparable within one answer only")
     source: str = Field(description="Which source of candidates proposed it")
 
-
+# %% ../../nbs/stages/50_inference.ipynb #aca25b68
 class Recommendation(BaseModel):
     """The articles for one customer, the best first."""
 
@@ -58,14 +58,14 @@ class Recommendation(BaseModel):
     cold: bool = Field(description="Nothing is known of this customer: a cold-start answer")
     articles: list[Article]
 
-
+# %% ../../nbs/stages/50_inference.ipynb #e24798b1
 class PredictResponse(BaseModel):
     """Answers in the order asked, each customer once."""
 
     model_version: str
     recommendations: list[Recommendation]
 
-
+# %% ../../nbs/stages/50_inference.ipynb #276efc95
 class Health(BaseModel):
     """Is the service up, and what does it serve?"""
 
@@ -89,7 +89,7 @@ def respond(recommender: Recommender, request: PredictRequest) -> PredictRespons
     ]
     return PredictResponse(model_version=recommender.bundle.version, recommendations=found)
 
-# %% ../../nbs/stages/50_inference.ipynb #52a70aa7
+# %% ../../nbs/stages/50_inference.ipynb #119bfbde
 log = logging.getLogger("hm_reco.inference")
 
 
@@ -102,7 +102,7 @@ def load_champion(lake: Lake, day: str = "") -> Recommender:
     history = load_history(lake)
     return open_recommender(history_as_of(history, parse_day(day, history)), bundle)
 
-
+# %% ../../nbs/stages/50_inference.ipynb #7333e754
 def _load_or_none(lake: Lake) -> Recommender | None:
     try:
         return load_champion(lake)
@@ -135,7 +135,7 @@ class BodyLimit:
 
         await self.app(scope, counted, send)
 
-# %% ../../nbs/stages/50_inference.ipynb #85a1c022
+# %% ../../nbs/stages/50_inference.ipynb #4240898d
 NO_MODEL = "no model is loaded: run the training stage (hm run) and restart the service"
 
 
@@ -154,7 +154,7 @@ def create_app(lake: Lake | None = None) -> FastAPI:
     app.post("/predict", responses={503: {"description": NO_MODEL}})(predict)
     return app
 
-
+# %% ../../nbs/stages/50_inference.ipynb #caf1f998
 def healthz(request: Request) -> Health:
     """Status of the service and the version of its model."""
     recommender: Recommender | None = request.app.state.recommender
@@ -168,7 +168,7 @@ def healthz(request: Request) -> Health:
         loaded_since=request.app.state.loaded,
     )
 
-
+# %% ../../nbs/stages/50_inference.ipynb #022e1b1a
 def predict(request: Request, asked: PredictRequest) -> PredictResponse:
     """Recommend articles to customers; unknown ones get what sells, marked as cold."""
     recommender: Recommender | None = request.app.state.recommender

@@ -20,7 +20,7 @@ import polars as pl
 from ..core.contracts import SCHEMAS, Checked, check, check_keys, read_as
 from ..core.lake import Lake, open_lake, scan, write
 
-# %% ../../nbs/stages/10_ingestion.ipynb #54a2bbc7
+# %% ../../nbs/stages/10_ingestion.ipynb #4f693bd4
 STEMS = {
     "articles": ("articles",),
     "customers": ("customers",),
@@ -33,7 +33,7 @@ def file_names(table: str) -> list[str]:
     """The names that a table's file may have, the preferred first."""
     return [stem + suffix for stem in STEMS[table] for suffix in SUFFIXES]
 
-
+# %% ../../nbs/stages/10_ingestion.ipynb #efeff002
 def choose(found: list[str], source: str) -> dict[str, str]:
     """Pick each table's file among the names found in `source`.
 
@@ -47,7 +47,7 @@ def choose(found: list[str], source: str) -> dict[str, str]:
         raise FileNotFoundError(f"data {source!r}: expected {expected}; found {has}")
     return {table: name for table, name in chosen.items() if name is not None}
 
-# %% ../../nbs/stages/10_ingestion.ipynb #3929cc65
+# %% ../../nbs/stages/10_ingestion.ipynb #d8075f24
 MAX_UNZIPPED = 64 * 2**30  # bytes; the competition's files are 3.8 GB
 
 
@@ -64,7 +64,7 @@ def _unzip(archive: Path, folder: Path) -> None:
             members[name].filename = name  # no folders of the archive's choosing
             zipped.extract(members[name], folder)
 
-
+# %% ../../nbs/stages/10_ingestion.ipynb #cd0a38c3
 def _download(source: str, folder: Path) -> None:
     prefix = open_lake(source)
     found = [path.name for path in prefix.path().iterdir()]
@@ -72,7 +72,7 @@ def _download(source: str, folder: Path) -> None:
         with prefix.path(name).open("rb") as remote, (folder / name).open("wb") as local:
             shutil.copyfileobj(remote, local)
 
-# %% ../../nbs/stages/10_ingestion.ipynb #f714fceb
+# %% ../../nbs/stages/10_ingestion.ipynb #ab3cf4b1
 @contextmanager
 def local_files(source: str) -> Iterator[dict[str, Path]]:
     """The file of each table, on this machine, from a folder, an S3 prefix or a zip."""
@@ -91,14 +91,14 @@ def local_files(source: str) -> Iterator[dict[str, Path]]:
         names = choose([path.name for path in folder.iterdir()], source)
         yield {table: folder / name for table, name in names.items()}
 
-
+# %% ../../nbs/stages/10_ingestion.ipynb #b05b5ed7
 def read_file(path: Path) -> pl.LazyFrame:
     """A csv (as text), csv.gz or parquet file as a lazy frame."""
     if path.suffix == ".parquet":
         return pl.scan_parquet(path)
     return pl.scan_csv(path, infer_schema=False)
 
-# %% ../../nbs/stages/10_ingestion.ipynb #247cffd2
+# %% ../../nbs/stages/10_ingestion.ipynb #4244eeef
 @dataclass(frozen=True)
 class Ingested:
     """What became of one table: rows committed, rows set aside by rule, and the versions."""
@@ -108,7 +108,7 @@ class Ingested:
     broken: dict[str, int]
     versions: dict[str, int]
 
-
+# %% ../../nbs/stages/10_ingestion.ipynb #ceabbd27
 def _commit(lake: Lake, table: str, checked: Checked) -> Ingested:
     versions = {
         f"raw/{table}": write(lake, f"raw/{table}", checked.good),
@@ -118,7 +118,7 @@ def _commit(lake: Lake, table: str, checked: Checked) -> Ingested:
     rules = scan(lake, f"quarantine/{table}").group_by("rule").len().sort("rule").collect()
     return Ingested(table, rows, dict(rules.rows()), versions)
 
-
+# %% ../../nbs/stages/10_ingestion.ipynb #823405b3
 def ingest_table(lake: Lake, table: str, path: Path) -> Ingested:
     """Read, check and commit one table; raises `ValueError` naming a file that can't be read."""
     try:
@@ -129,7 +129,7 @@ def ingest_table(lake: Lake, table: str, path: Path) -> Ingested:
     except (pl.exceptions.PolarsError, ValueError) as err:
         raise ValueError(f"{path.name}: {err}") from err
 
-
+# %% ../../nbs/stages/10_ingestion.ipynb #b4b45a50
 def ingest(lake: Lake, source: str) -> list[Ingested]:
     """Bring the three tables of `source` into `raw/`."""
     with local_files(source) as files:

@@ -14,19 +14,19 @@ from ..core.shards import shard_of
 from ..model.candidates import exact_mean, exact_sum
 from ..model.history import map_articles, map_customers, map_purchases
 
-# %% ../../nbs/stages/20_processing.ipynb #09b257bc
+# %% ../../nbs/stages/20_processing.ipynb #2e7423dd
 def _given(lake: Lake, name: str) -> pl.DataFrame | None:
     """The numbers given by an earlier run, if there was one."""
     return scan(lake, name).collect() if has_table(lake, name) else None
 
-
+# %% ../../nbs/stages/20_processing.ipynb #9d1ddf63
 def process_articles(lake: Lake) -> int:
     """Write `processed/articles`; returns its version."""
     raw = scan(lake, "raw/articles").collect()
     mapped = map_articles(raw, _given(lake, "processed/articles"))
     return write(lake, "processed/articles", mapped)
 
-
+# %% ../../nbs/stages/20_processing.ipynb #0f8320ca
 def process_customers(lake: Lake, shards: int) -> int:
     """Write `processed/customers`, with each customer's `shard`; returns its version."""
     raw = scan(lake, "raw/customers").collect()
@@ -34,12 +34,12 @@ def process_customers(lake: Lake, shards: int) -> int:
     sharded = mapped.with_columns(shard=shard_of(pl.col("customer"), shards))
     return write(lake, "processed/customers", sharded)
 
-# %% ../../nbs/stages/20_processing.ipynb #faf8c6a9
+# %% ../../nbs/stages/20_processing.ipynb #fd3bba77
 def monday(day: pl.Expr) -> pl.Expr:
     """The Monday of a day's week, which names the week."""
     return day.dt.truncate("1w")
 
-
+# %% ../../nbs/stages/20_processing.ipynb #c7dca743
 def process_purchases(lake: Lake, shards: int) -> int:
     """Write `processed/purchases`, partitioned by `shard` and `week`; returns its version."""
     articles = scan(lake, "processed/articles").collect()
@@ -50,7 +50,7 @@ def process_purchases(lake: Lake, shards: int) -> int:
     )
     return write(lake, "processed/purchases", placed, partition_by=("shard", "week"))
 
-# %% ../../nbs/stages/20_processing.ipynb #5b02a149
+# %% ../../nbs/stages/20_processing.ipynb #8edb11e3
 def weekly_articles(purchases: pl.LazyFrame) -> pl.LazyFrame:
     """Per `week` and `article`: `units`, `buyers`, `price` (mean)."""
     return purchases.group_by("week", "article").agg(
@@ -59,7 +59,7 @@ def weekly_articles(purchases: pl.LazyFrame) -> pl.LazyFrame:
         price=exact_mean(pl.col("price")),
     )
 
-
+# %% ../../nbs/stages/20_processing.ipynb #fdddc290
 def weekly_customers(purchases: pl.LazyFrame) -> pl.LazyFrame:
     """Per `week` and `customer`: `visits` (days), `units`, `spend` (in the file's price unit)."""
     return purchases.group_by("week", "customer").agg(
@@ -68,7 +68,7 @@ def weekly_customers(purchases: pl.LazyFrame) -> pl.LazyFrame:
         spend=exact_sum(pl.col("price") * pl.col("units")),
     )
 
-
+# %% ../../nbs/stages/20_processing.ipynb #5eb3d84e
 def process(lake: Lake, shards: int = 1) -> dict[str, int]:
     """Write all processed tables; returns the version of each."""
     versions = {

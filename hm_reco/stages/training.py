@@ -21,7 +21,7 @@ from ..model.evaluation import RANKER, Evaluation, Plan, Verdict, evaluate, judg
 from ..model.history import History
 from ..model.ranker import RankerSettings, importance
 
-# %% ../../nbs/stages/40_training.ipynb #3cad5fe4
+# %% ../../nbs/stages/40_training.ipynb #91fa19e7
 @dataclass(frozen=True)
 class Trained:
     """What a training run made."""
@@ -30,7 +30,7 @@ class Trained:
     verdict: Verdict
     champion: str  # version of the model that serves from now on
 
-
+# %% ../../nbs/stages/40_training.ipynb #484c408c
 def train_and_publish(
     lake: Lake,
     history: History,
@@ -49,7 +49,7 @@ def train_and_publish(
     version = publish(lake, verdict, result.booster, plan.as_of, tables, run_id)
     return Trained(result, verdict, version)
 
-# %% ../../nbs/stages/40_training.ipynb #041d0111
+# %% ../../nbs/stages/40_training.ipynb #27b7fef7
 def metrics_of(trained: Trained) -> dict[str, Any]:
     """Figures of a training run as plain JSON: means with intervals, the lead, the champion."""
     verdict, result = trained.verdict, trained.result
@@ -64,7 +64,7 @@ def metrics_of(trained: Trained) -> dict[str, Any]:
         "customer_weeks": result.scores.filter(method=RANKER).height,
     }
 
-
+# %% ../../nbs/stages/40_training.ipynb #a788f890
 def plot_training(trained: Trained) -> Figure:
     """MAP@12 by week beside the features that the ranker gained most from."""
     weekly = trained.result.scores.group_by("day", "method").agg(pl.col("ap").mean()).sort("day")
