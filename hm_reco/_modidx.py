@@ -333,6 +333,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'hm_reco/stages/processing.py'),
                                            'hm_reco.stages.processing.process_customers': ( 'stages/processing.html#process_customers',
                                                                                             'hm_reco/stages/processing.py'),
+                                           'hm_reco.stages.processing.process_features': ( 'stages/processing.html#process_features',
+                                                                                           'hm_reco/stages/processing.py'),
                                            'hm_reco.stages.processing.process_purchases': ( 'stages/processing.html#process_purchases',
                                                                                             'hm_reco/stages/processing.py'),
                                            'hm_reco.stages.processing.weekly_articles': ( 'stages/processing.html#weekly_articles',

@@ -10,6 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from hm_reco.core.lake import Lake, open_lake, scan
+from hm_reco.stages.ingestion import ingest
+from hm_reco.stages.processing import process
 from runner.cli import app
 from runner.ledger import read_ledger
 
@@ -128,3 +130,16 @@ def test_one_stage_as_json(folder_lake):
     done = run("run", "eda", "--lake", folder_lake.root, "--json")
     [entry] = json.loads(done.output)
     assert entry["stage"] == "eda" and entry["state"] == "succeeded"
+
+
+def test_processed_tables_do_not_depend_on_the_number_of_shards(sample, tmp_path):
+    lakes = {}
+    for shards in (1, 3):
+        lakes[shards] = open_lake(str(tmp_path / str(shards)))
+        ingest(lakes[shards], str(sample))
+        process(lakes[shards], shards)
+    for name in ("purchases", "weekly_articles", "weekly_customers", "customer_features"):
+        one, three = (scan(lake, f"processed/{name}").collect() for lake in lakes.values())
+        columns = [column for column in one.columns if column != "shard"]
+        assert one.select(columns).sort(columns).equals(three.select(columns).sort(columns)), name
+    assert set(scan(lakes[3], "processed/purchases").collect()["shard"]) == {0, 1, 2}

@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['process_articles', 'process_customers', 'monday', 'process_purchases', 'weekly_articles', 'weekly_customers',
-           'process']
+           'process_features', 'process']
 
-# %% ../../nbs/stages/20_processing.ipynb #f5bafbc7
+# %% ../../nbs/stages/20_processing.ipynb #f9d05b30
+from datetime import timedelta
+
 import polars as pl
 
 from ..core.lake import Lake, has_table, open_lake, scan, table_version, write
-from ..core.shards import shard_of
-from ..model.candidates import exact_mean, exact_sum
+from ..core.shards import map_shards, shard_of
+from ..model.candidates import days_ago, exact_mean, exact_sum
+from ..model.features import customer_features
 from ..model.history import map_articles, map_customers, map_purchases
 
 # %% ../../nbs/stages/20_processing.ipynb #2e7423dd
@@ -68,7 +71,21 @@ def weekly_customers(purchases: pl.LazyFrame) -> pl.LazyFrame:
         spend=exact_sum(pl.col("price") * pl.col("units")),
     )
 
-# %% ../../nbs/stages/20_processing.ipynb #5eb3d84e
+# %% ../../nbs/stages/20_processing.ipynb #2e05b0cd
+def process_features(lake: Lake, shards: int) -> int:
+    """Write `processed/customer_features`; returns its version."""
+    purchases = scan(lake, "processed/purchases")
+    today = purchases.select(pl.col("day").max()).collect().item() + timedelta(days=1)
+
+    def features(shard: int) -> pl.DataFrame:
+        own = purchases.filter(shard=shard).with_columns(ago=days_ago(today)).collect()
+        return customer_features(own).sort("customer")
+
+    return write(
+        lake, "processed/customer_features", pl.concat(map_shards(features, range(shards)))
+    )
+
+# %% ../../nbs/stages/20_processing.ipynb #5858f404
 def process(lake: Lake, shards: int = 1) -> dict[str, int]:
     """Write all processed tables; returns the version of each."""
     versions = {
@@ -80,4 +97,5 @@ def process(lake: Lake, shards: int = 1) -> dict[str, int]:
     for name, weekly in (("articles", weekly_articles), ("customers", weekly_customers)):
         table = f"processed/weekly_{name}"
         versions[table] = write(lake, table, weekly(purchases))
+    versions["processed/customer_features"] = process_features(lake, shards)
     return versions
