@@ -88,7 +88,8 @@ def run(
         chosen = choose(load_pipeline(), stages or [])
         given = parse_assignments(parameter or [])
         if data is not None:
-            given["data"] = data if data.startswith("s3://") else str(Path(data).expanduser().resolve())
+            local = not data.startswith("s3://")
+            given["data"] = str(Path(data).expanduser().resolve()) if local else data
         parameters = resolve(chosen, given)
         target, run_id = open_lake(lake), new_run_id()
         tell = (lambda *_: None) if as_json else _tell
