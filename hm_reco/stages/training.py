@@ -64,7 +64,7 @@ def metrics_of(trained: Trained) -> dict[str, Any]:
         "customer_weeks": result.scores.filter(method=RANKER).height,
     }
 
-# %% ../../nbs/stages/40_training.ipynb #a788f890
+# %% ../../nbs/stages/40_training.ipynb #954a9c0c
 def plot_training(trained: Trained) -> Figure:
     """MAP@12 by week beside the features that the ranker gained most from."""
     weekly = trained.result.scores.group_by("day", "method").agg(pl.col("ap").mean()).sort("day")
@@ -75,7 +75,7 @@ def plot_training(trained: Trained) -> Figure:
     sns.lineplot(lines, x="day", y="ap", hue="method", hue_order=names, marker="o", ax=left)
     left.set(xlabel="", ylabel="MAP@12", ylim=(0, None))
     days = weekly["day"].unique(maintain_order=True).to_list()
-    ticks = days[:: -(-len(days) // 5)]
+    ticks = days[:: -(-len(days) // 4)]
     left.set_xticks(ticks, [f"{day:%d %b %y}" for day in ticks])
     sns.move_legend(left, "lower center", bbox_to_anchor=(0.5, 1), title="", frameon=False)
     top = importance(trained.result.booster, 12)
