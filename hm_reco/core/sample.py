@@ -10,7 +10,7 @@ __all__ = ['FIRST_DAY', 'DAYS', 'WEEKS', 'FULL_CUSTOMERS', 'FULL_ARTICLES', 'MON
            'make_people', 'Rows', 'draw_purchases', 'finish', 'World', 'make_world', 'article_ids', 'customer_ids',
            'article_file', 'customer_file', 'transaction_slices', 'write_sample']
 
-# %% ../../nbs/core/05_sample.ipynb #3f9f8668
+# %% ../../nbs/core/05_sample.ipynb #57566c55
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 from numpy.random import Generator
+
+from .contracts import columns_of
 
 # %% ../../nbs/core/05_sample.ipynb #d9129504
 FIRST_DAY = date(2018, 9, 20)
@@ -49,7 +51,7 @@ def day_weights() -> np.ndarray:
         weights[i] *= PEAKS.get(day.isoformat(), 1.0)
     return weights / weights.mean()
 
-# %% ../../nbs/core/05_sample.ipynb #991e740e
+# %% ../../nbs/core/05_sample.ipynb #864a54c0
 # group: name, number, share of articles, number of styles, price level
 GROUPS = [
     ("Ladieswear", 1, 0.3765, 20, 1.0),
@@ -59,6 +61,8 @@ GROUPS = [
     ("Sport", 26, 0.0321, 4, 1.0),
 ]
 GROUP_SALES = np.array([0.6422, 0.2246, 0.0557, 0.0383, 0.0392])
+
+# %% ../../nbs/core/05_sample.ipynb #14d3f8c7
 # type: name, number, product group, share, price in euro, peak month (0: none), basic
 TYPES = [
     ("Trousers", 272, "Garment Lower body", 13.0, 25, 0, 0),
@@ -85,6 +89,8 @@ TYPES = [
     ("Earring", 71, "Accessories", 2.0, 6, 0, 0),
     ("Scarf", 77, "Accessories", 1.0, 12, 12, 0),
 ]
+
+# %% ../../nbs/core/05_sample.ipynb #73ce31d7
 # colour: name, code, share of articles, appeal (its share of sales over its share of articles)
 COLOURS = [
     ("Black", 9, 0.24, 1.60),
@@ -567,7 +573,7 @@ def _names(catalogue: Catalogue) -> dict[str, pl.Series]:
     described = described.to_frame("d").select(pl.when(~missing).then(pl.col("d")))["d"]
     return {"prod_name": word + " " + cut + " " + kind.str.to_lowercase(), "detail_desc": described}
 
-# %% ../../nbs/core/05_sample.ipynb #ab17cc4c
+# %% ../../nbs/core/05_sample.ipynb #e251d4be
 def article_file(catalogue: Catalogue) -> pl.DataFrame:
     """The article file: 25 columns, in Kaggle's order, sorted by id."""
     group = catalogue.style_group[catalogue.style]
@@ -605,18 +611,7 @@ def article_file(catalogue: Catalogue) -> pl.DataFrame:
         "garment_group_name": family,
     }
     frame = pl.DataFrame(columns | _names(catalogue))
-    return frame.select(_KAGGLE_ARTICLES).sort("article_id")
-
-
-_KAGGLE_ARTICLES = [
-    "article_id product_code prod_name product_type_no product_type_name product_group_name",
-    "graphical_appearance_no graphical_appearance_name colour_group_code colour_group_name",
-    "perceived_colour_value_id perceived_colour_value_name perceived_colour_master_id",
-    "perceived_colour_master_name department_no department_name index_code index_name",
-    "index_group_no index_group_name section_no section_name garment_group_no garment_group_name",
-    "detail_desc",
-]
-_KAGGLE_ARTICLES = [name for line in _KAGGLE_ARTICLES for name in line.split()]
+    return frame.select(columns_of("articles")).sort("article_id")
 
 # %% ../../nbs/core/05_sample.ipynb #180fea71
 def _or_missing(rng: Generator, values: pl.Series, share: float) -> pl.Series:
