@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['STRANGER', 'AT_ONCE', 'rank_customers', 'Recommender', 'open_recommender', 'answer', 'predict_all', 'with_ids']
 
-# %% ../../nbs/model/06_recommend.ipynb #f8b6d637
+# %% ../../nbs/model/06_recommend.ipynb #c88e4ad2
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import polars as pl
 
+from ..core.progress import track
 from ..core.shards import map_shards, shard_of
 from .bundle import Bundle
 from .candidates import Known, learn, own_purchases, popular
@@ -126,7 +127,7 @@ def answer(
 
 _ASKED = {"customer_id": pl.String, "customer": pl.Int32}
 
-# %% ../../nbs/model/06_recommend.ipynb #53e19ce6
+# %% ../../nbs/model/06_recommend.ipynb #20ad66e7
 AT_ONCE = 4_000  # customers ranked together
 
 
@@ -143,7 +144,7 @@ def predict_all(history: History, bundle: Bundle, shards: int = 1, count: int = 
         who = people.filter(shard=shard).select("customer")
         parts = [
             rank_customers(known, own_purchases(history, part), part, bundle, count)
-            for part in who.iter_slices(AT_ONCE)
+            for part in track(list(who.iter_slices(AT_ONCE)), f"batches of {AT_ONCE:,} customers")
         ]
         return pl.concat(parts).cast({"rank": pl.Int16, "source": pl.Categorical})
 

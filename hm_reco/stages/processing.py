@@ -71,7 +71,7 @@ def weekly_customers(purchases: pl.LazyFrame) -> pl.LazyFrame:
         spend=exact_sum(pl.col("price") * pl.col("units")),
     )
 
-# %% ../../nbs/stages/20_processing.ipynb #2e05b0cd
+# %% ../../nbs/stages/20_processing.ipynb #07637aad
 def process_features(lake: Lake, shards: int) -> int:
     """Write `processed/customer_features`; returns its version."""
     purchases = scan(lake, "processed/purchases")
@@ -81,9 +81,8 @@ def process_features(lake: Lake, shards: int) -> int:
         own = purchases.filter(shard=shard).with_columns(ago=days_ago(today)).collect()
         return customer_features(own).sort("customer")
 
-    return write(
-        lake, "processed/customer_features", pl.concat(map_shards(features, range(shards)))
-    )
+    parts = map_shards(features, range(shards), "shards of customer features")
+    return write(lake, "processed/customer_features", pl.concat(parts))
 
 # %% ../../nbs/stages/20_processing.ipynb #5858f404
 def process(lake: Lake, shards: int = 1) -> dict[str, int]:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Trained', 'train_and_publish', 'metrics_of', 'plot_training']
 
-# %% ../../nbs/stages/40_training.ipynb #62dcf870
-from collections.abc import Callable, Mapping
+# %% ../../nbs/stages/40_training.ipynb #ad66dd2f
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,16 +21,16 @@ from ..model.evaluation import RANKER, Evaluation, Plan, Verdict, evaluate, judg
 from ..model.history import History
 from ..model.ranker import RankerSettings, importance
 
-# %% ../../nbs/stages/40_training.ipynb #91fa19e7
+# %% ../../nbs/stages/40_training.ipynb #c3120dc9
 @dataclass(frozen=True)
 class Trained:
     """What a training run made."""
 
     result: Evaluation
     verdict: Verdict
-    champion: str  # version of the model that serves from now on
+    champion: str  # version of the better model, which serves from now on if registered
 
-# %% ../../nbs/stages/40_training.ipynb #484c408c
+# %% ../../nbs/stages/40_training.ipynb #9df94a31
 def train_and_publish(
     lake: Lake,
     history: History,
@@ -38,15 +38,16 @@ def train_and_publish(
     settings: RankerSettings,
     tables: Mapping[str, int],
     run_id: str,
-    report: Callable[[str], None] = lambda message: None,
+    register: bool = True,
 ) -> Trained:
     """Judge the methods by the plan, and register the ranker trained for `plan.as_of`.
 
-    `tables` are the versions that `history` was read from; they are kept with the model.
+    `tables` are the versions that `history` was read from; they are kept with the model. What
+    is not registered is kept as a bundle, but never serves: a trial among others.
     """
-    result = evaluate(history, plan, settings, report)
+    result = evaluate(history, plan, settings)
     verdict = judge(result.scores)
-    version = publish(lake, verdict, result.booster, plan.as_of, tables, run_id)
+    version = publish(lake, verdict, result.booster, plan.as_of, tables, run_id, register)
     return Trained(result, verdict, version)
 
 # %% ../../nbs/stages/40_training.ipynb #27b7fef7
