@@ -1,5 +1,6 @@
 """The graph of stages, read from `pipeline.yaml`."""
 
+import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from graphlib import CycleError, TopologicalSorter
@@ -7,11 +8,34 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hm_reco.core.settings import find_settings_file
 
 PIPELINE = Path(__file__).with_name("pipeline.yaml")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that keeps texts: no octal numbers, no dates, no `yes`, no `12e4567`."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - as the base class declares it
+
+
+for _tag, _pattern, _first in (
+    ("bool", r"^(?:true|True|false|False)$", "tTfF"),
+    ("null", r"^(?:~|null|Null|None|)$", ["~", "n", "N", ""]),
+    ("int", r"^[-+]?(?:0|[1-9][0-9]*)$", "-+0123456789"),
+    ("float", r"^[-+]?[0-9]*\.[0-9]+(?:[eE][-+]?[0-9]{1,3})?$", "-+.0123456789"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
+
+
+def read_yaml(text: str) -> Any:
+    """The content of a YAML text, in which an id with leading zeros stays a text.
+
+    Raises `yaml.YAMLError`.
+    """
+    return yaml.load(text, _Loader)
 
 
 class PipelineError(ValueError):
@@ -19,14 +43,18 @@ class PipelineError(ValueError):
 
 
 class Stage(BaseModel):
-    """One stage: a notebook, what it comes after, and its parameters in a whole run."""
+    """One stage: a notebook, what it comes after, and how it is run."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     notebook: Path
     after: tuple[str, ...] = ()
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] = {}  # in a whole run, where they differ from the notebook's
+    sweep: dict[str, Any] = {}  # parameters of a sweep's trials
+    timeout: float | None = Field(None, gt=0)  # seconds
+    retries: int = Field(0, ge=0, le=10)  # after a failure; there are none unless declared
+    headline: dict[str, str] = {}  # label: path of a figure in the manifest's metrics
 
 
 def project_root() -> Path:
@@ -42,7 +70,7 @@ def load_pipeline(path: Path = PIPELINE, root: Path | None = None) -> dict[str, 
     """
     home = root or project_root()
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path.read_text(encoding="utf-8"))
         stages = {name: Stage(name=name, **raw) for name, raw in content["stages"].items()}
         order = list(TopologicalSorter({s.name: s.after for s in stages.values()}).static_order())
     except (yaml.YAMLError, ValidationError, CycleError, KeyError, TypeError) as err:

@@ -4,16 +4,27 @@ import json
 import os
 import secrets
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import polars as pl
 
-from hm_reco.core.lake import Lake, append, has_table, scan
+from hm_reco.core.lake import Lake, LakePath, append, has_table, put_file, scan
 
 LEDGER = "runs/ledger"
+State = Literal[
+    "running",
+    "succeeded",
+    "reused",  # nothing it depends on had changed: an earlier run's outputs stand
+    "failed",  # the notebook raised an error
+    "killed",  # the kernel's process died: by a signal, for lack of memory, by its own exit
+    "timeout",
+    "stopped",  # somebody asked the runner to end
+    "lost",  # the runner itself died; entered by the next run
+]
 SCHEMA: dict[str, Any] = {
     "run_id": pl.String,
     "stage": pl.String,
@@ -21,7 +32,13 @@ SCHEMA: dict[str, Any] = {
     "started": pl.Datetime("us", "UTC"),
     "seconds": pl.Float64,
     "peak_memory_mb": pl.Float64,
+    "cpu_seconds": pl.Float64,
+    "attempt": pl.Int64,
+    "host": pl.String,
     "parameters": pl.String,
+    "origins": pl.String,
+    "key": pl.String,
+    "sources": pl.String,
     "inputs": pl.String,
     "outputs": pl.String,
     "metrics": pl.String,
@@ -30,6 +47,14 @@ SCHEMA: dict[str, Any] = {
     "report": pl.String,
     "error": pl.String,
 }
+TEXTS = ("parameters", "origins", "key", "sources", "inputs", "outputs", "metrics")
+
+
+class Outcome(NamedTuple):
+    """How a stage ended, and why."""
+
+    state: State
+    cause: str = ""
 
 
 @dataclass
@@ -40,14 +65,20 @@ class Entry:
     stage: str
     parameters: dict[str, Any]
     git_commit: str
-    state: Literal["running", "succeeded", "failed"] = "running"
+    state: State = "running"
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     seconds: float = 0.0
     peak_memory_mb: float = 0.0
+    cpu_seconds: float = 0.0
+    attempt: int = 1
+    host: str = field(default_factory=lambda: os.uname().nodename)
+    origins: dict[str, str] = field(default_factory=dict)  # where each parameter came from
+    key: dict[str, Any] = field(default_factory=dict)  # what the outputs depend on
+    sources: dict[str, str] = field(default_factory=dict)
     inputs: dict[str, int] = field(default_factory=dict)
     outputs: dict[str, int] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
-    notebook: str = ""
+    notebook: str = ""  # path below the lake's root, as is `report`
     report: str = ""
     error: str = ""
 
@@ -66,19 +97,50 @@ def git_commit(root: Path) -> str:
     return done.stdout.decode().strip() or "unknown"
 
 
-def enter(lake: Lake, entry: Entry) -> None:
-    """Append an entry to the ledger."""
-    row = {
-        name: json.dumps(value) if isinstance(value, dict) else value
-        for name, value in asdict(entry).items()
-    }
-    append(lake, LEDGER, pl.DataFrame([row], schema=SCHEMA))
+def write_json(path: LakePath, content: Any) -> None:
+    """Write a JSON file of a run."""
+    put_file(path, json.dumps(content, indent=2, default=str))
 
 
-def read_ledger(lake: Lake) -> pl.DataFrame:
-    """The latest entry of every stage of every run, oldest run first."""
+def enter(lake: Lake, *entries: Entry) -> None:
+    """Append entries to the ledger, in one commit."""
+    rows = [
+        {name: json.dumps(v) if name in TEXTS else v for name, v in asdict(entry).items()}
+        for entry in entries
+    ]
+    append(lake, LEDGER, pl.DataFrame(rows, schema=SCHEMA), extend=True)
+
+
+def read_ledger(lake: Lake) -> list[Entry]:
+    """The latest entry of every stage of every run, oldest first."""
     if not has_table(lake, LEDGER):
-        return pl.DataFrame(schema=SCHEMA)
+        return []
     rows = scan(lake, LEDGER).with_columns(ended=pl.col("state") != "running")
-    last = rows.sort("ended").group_by("run_id", "stage", maintain_order=True).last()
-    return last.sort("started").drop("ended").collect()
+    last = rows.sort("attempt", "ended", maintain_order=True, nulls_last=False)
+    last = last.group_by("run_id", "stage", maintain_order=True).last().sort("started", "stage")
+    return [_entry(row) for row in last.drop("ended").collect().to_dicts()]
+
+
+def _entry(row: dict[str, Any]) -> Entry:
+    known = {name: value for name, value in row.items() if value is not None and name in SCHEMA}
+    return Entry(**{n: json.loads(v) if n in TEXTS else v for n, v in known.items()})
+
+
+def by_run(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
+    """Entries by run, the newest run first."""
+    runs: dict[str, list[Entry]] = {}
+    for entry in entries:
+        runs.setdefault(entry.run_id, []).append(entry)
+    return dict(reversed(runs.items()))
+
+
+def figure(metrics: Any, path: str) -> Any:
+    """The figure at `map12.ranker.0` in nested metrics; None where there is none."""
+    for part in path.split("."):
+        if isinstance(metrics, dict):
+            metrics = metrics.get(part)
+        elif isinstance(metrics, list) and part.isdigit() and int(part) < len(metrics):
+            metrics = metrics[int(part)]
+        else:
+            return None
+    return metrics

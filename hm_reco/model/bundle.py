@@ -106,7 +106,7 @@ REGISTRY = "artifacts/registry"
 class NoModelError(LookupError):
     """No model has been made champion in this lake."""
 
-# %% ../../nbs/model/05_bundle.ipynb #e09c327d
+# %% ../../nbs/model/05_bundle.ipynb #faec03f1
 def register(lake: Lake, bundle: Bundle, champion: bool, run_id: str) -> int:
     """Add a bundle to the registry, as champion or not; returns the registry's version."""
     row = {
@@ -119,7 +119,7 @@ def register(lake: Lake, bundle: Bundle, champion: bool, run_id: str) -> int:
         "metrics": json.dumps(dict(bundle.metrics)),
         "tables": json.dumps(dict(bundle.tables)),
     }
-    return append(lake, REGISTRY, pl.DataFrame([row]))
+    return append(lake, REGISTRY, pl.DataFrame([row]), extend=True)
 
 # %% ../../nbs/model/05_bundle.ipynb #a104a584
 def champion(lake: Lake) -> str:

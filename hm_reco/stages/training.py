@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Trained', 'train_and_publish', 'metrics_of', 'plot_training']
 
-# %% ../../nbs/stages/40_training.ipynb #ad66dd2f
+# %% ../../nbs/stages/40_training.ipynb #5bc3f171
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from ..core.lake import Lake
-from ..model.bundle import publish
+from ..model.bundle import publish as publish_models
 from ..model.evaluation import RANKER, Evaluation, Plan, Verdict, evaluate, judge
 from ..model.history import History
 from ..model.ranker import RankerSettings, importance
@@ -30,7 +30,7 @@ class Trained:
     verdict: Verdict
     champion: str  # version of the better model, which serves from now on if registered
 
-# %% ../../nbs/stages/40_training.ipynb #9df94a31
+# %% ../../nbs/stages/40_training.ipynb #d36cba1f
 def train_and_publish(
     lake: Lake,
     history: History,
@@ -38,16 +38,16 @@ def train_and_publish(
     settings: RankerSettings,
     tables: Mapping[str, int],
     run_id: str,
-    register: bool = True,
+    enter: bool = True,
 ) -> Trained:
     """Judge the methods by the plan, and register the ranker trained for `plan.as_of`.
 
     `tables` are the versions that `history` was read from; they are kept with the model. What
-    is not registered is kept as a bundle, but never serves: a trial among others.
+    is not entered in the registry is kept as a bundle, but never serves: a trial among others.
     """
     result = evaluate(history, plan, settings)
     verdict = judge(result.scores)
-    version = publish(lake, verdict, result.booster, plan.as_of, tables, run_id, register)
+    version = publish_models(lake, verdict, result.booster, plan.as_of, tables, run_id, enter)
     return Trained(result, verdict, version)
 
 # %% ../../nbs/stages/40_training.ipynb #27b7fef7

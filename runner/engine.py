@@ -1,0 +1,82 @@
+"""papermill's engine with a view on the kernel: its process, its cells, what it prints."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from papermill.clientwrap import PapermillNotebookClient
+from papermill.engines import NBClientEngine, papermill_engines
+from traitlets import Any as AnyTrait
+
+from runner.watch import Watch
+
+ENGINE = "hm"
+KERNEL_ARGUMENTS = [
+    "--IPKernelApp.log_level=ERROR",
+    "--ZMQInteractiveShell.system_raise_on_error=True",  # a failing `!command` fails its cell
+]
+if sys.platform == "linux":  # PR_SET_PDEATHSIG: nobody is left who writes when the runner is killed
+    KERNEL_ARGUMENTS.append("--IPKernelApp.exec_lines=import ctypes; ctypes.CDLL(None).prctl(1, 9)")
+
+
+class StageClient(PapermillNotebookClient):
+    """Tells a `Watch` which cell runs, and a listener what the kernel prints."""
+
+    watch: Any = AnyTrait()  # a Watch
+    listen: Any = AnyTrait()  # called with stage and text
+
+    def papermill_execute_cells(self) -> None:
+        """The kernel has been started; run all cells."""
+        self.watch.attach(self.km.provisioner.process)
+        self.watch.cells = len(self.nb.cells)
+        super().papermill_execute_cells()
+        self.watch.sample()
+
+    def execute_cell(self, cell: Any, cell_index: int, *args: Any, **kwargs: Any) -> Any:
+        """Run one cell."""
+        self.watch.cell = cell_index + 1
+        if cell.cell_type == "markdown" and cell.source.startswith("#"):
+            self.watch.heading = cell.source.splitlines()[0].lstrip("# ")
+            self.watch.note = ""
+        return super().execute_cell(cell, cell_index, *args, **kwargs)
+
+    def process_message(self, msg: Any, *args: Any, **kwargs: Any) -> Any:
+        """Look at one message of the kernel."""
+        if msg["header"]["msg_type"] == "stream":
+            text = msg["content"]["text"]
+            lines = [line for line in text.replace("\r", "\n").splitlines() if line.strip()]
+            if lines and text.startswith("\r"):
+                self.watch.note = lines[-1].strip()
+            self.listen(self.watch.stage, text)
+        return super().process_message(msg, *args, **kwargs)
+
+
+class StageEngine(NBClientEngine):
+    """Runs the cells by `StageClient`."""
+
+    @classmethod
+    def execute_managed_notebook(
+        cls,
+        nb_man: Any,
+        kernel_name: str,
+        *,
+        watch: Watch,
+        listen: Callable[[str, str], None],
+        cwd_of_kernel: Path,
+        env: dict[str, str],
+        **_: Any,
+    ) -> Any:
+        """Called by papermill."""
+        client = StageClient(
+            nb_man,
+            kernel_name=kernel_name,
+            startup_timeout=60,
+            extra_arguments=KERNEL_ARGUMENTS,
+            watch=watch,
+            listen=listen,
+        )
+        return client.execute(cwd=str(cwd_of_kernel), env=env)
+
+
+papermill_engines.register(ENGINE, StageEngine)
