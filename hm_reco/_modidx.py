@@ -354,6 +354,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'hm_reco/stages/inference.py'),
                                           'hm_reco.stages.inference.predict': ( 'stages/inference.html#predict',
                                                                                 'hm_reco/stages/inference.py'),
+                                          'hm_reco.stages.inference.report': ( 'stages/inference.html#report',
+                                                                               'hm_reco/stages/inference.py'),
                                           'hm_reco.stages.inference.respond': ( 'stages/inference.html#respond',
                                                                                 'hm_reco/stages/inference.py')},
             'hm_reco.stages.ingestion': { 'hm_reco.stages.ingestion.Ingested': ( 'stages/ingestion.html#ingested',

@@ -192,7 +192,7 @@ def prepare(lake: Lake, stages: Sequence[str], board: Board) -> list[Entry]:
 
 def always(job: Job) -> Decision:
     """Run the stage, whatever there is."""
-    return Decision("--force", key_of(job.stage, job.parameters.values))
+    return Decision("asked for", key_of(job.stage, job.parameters.values))
 
 
 class Execution:
@@ -297,13 +297,13 @@ class Execution:
         }
 
     def _finish(self) -> None:
-        reused = [e for e in self.ended if e.state == "reused" and e.run_id in self.noted]
-        if reused:
+        if not self.noted:
+            return
+        if reused := [e for e in self.ended if e.state == "reused"]:
             enter(self.lake, *reused)
-        for run_id in self.noted:
+        for run_id in {entry.run_id for entry in self.ended}:
             self._page(run_id)
-        if self.noted:
-            render_index(self.lake)
+        render_index(self.lake)
 
     def _page(self, run_id: str) -> None:
         render_run(self.lake, run_id, [e for e in self.ended if e.run_id == run_id])

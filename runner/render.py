@@ -39,7 +39,7 @@ def _page(template: str, **values: Any) -> str:
 def _number(value: Any) -> str:
     """A figure as a reader wants it: 31,788,324 and 0.0444."""
     if isinstance(value, float):
-        return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
+        return f"{value:.4f}" if abs(value) < 1 else f"{value:,.2f}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
@@ -190,18 +190,18 @@ def render_index(lake: Lake) -> None:
 
 def _series(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     """Each headline figure of succeeded stages over time, as points in a picture 200 x 48."""
-    found: dict[tuple[str, str], list[tuple[Entry, float]]] = {}
+    found: dict[tuple[str, str], list[tuple[Entry, Any]]] = {}
     for entry in entries:
         if entry.state == "succeeded":
             for name, value in headline(entry).items():
-                found.setdefault((entry.stage, name), []).append((entry, float(value)))
+                found.setdefault((entry.stage, name), []).append((entry, value))
     return [
         {"stage": stage, "name": name, "last": values[-1][1], "points": _points(values)}
         for (stage, name), values in found.items()
     ]
 
 
-def _points(values: Sequence[tuple[Entry, float]]) -> list[dict[str, Any]]:
+def _points(values: Sequence[tuple[Entry, Any]]) -> list[dict[str, Any]]:
     figures = [value for _, value in values]
     low, spread = min(figures), (max(figures) - min(figures)) or 1.0
     step = 184 / max(len(values) - 1, 1)
