@@ -1,0 +1,67 @@
+"""Small stage notebooks for tests of the runner, and how to run one."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from rich.console import Console
+
+from hm_reco.core.lake import Lake
+from runner.board import Board
+from runner.execute import Job, StageError, run_jobs
+from runner.graph import Stage
+from runner.ledger import Entry, new_run_id
+from runner.parameters import resolve
+
+PARAMETERS = """lake: str = ""  # root of the lake
+run_id: str = "notebook"  # name of the run
+article: str = "0108775015"  # an id, # and all
+rate: float = 0.1  # a number
+weeks: int | None = None  # how many
+kind: Literal["lambdarank", "binary"] = "binary"  # which
+start: date = "2020-09-16"  # first day
+names: list[str] = [
+    "a # b",  # the first
+    "c",
+]
+"""
+MANIFEST = """from hm_reco.core.lake import open_lake, write_manifest
+metrics = {"article": article, "rate": rate, "twice": 2 * rate}
+write_manifest(open_lake(lake), run_id, "toy", {}, {}, metrics)
+"""
+
+
+def toy(
+    folder: Path,
+    body: str = MANIFEST,
+    parameters: str = PARAMETERS,
+    name: str = "toy",
+    **stage: Any,
+) -> Stage:
+    """A stage whose notebook runs `body`."""
+    cells = [
+        nbformat.v4.new_markdown_cell("# Toy\n\n> A stage for tests."),
+        nbformat.v4.new_code_cell("from datetime import date\nfrom typing import Literal"),
+        nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_markdown_cell("## Run"),
+        nbformat.v4.new_code_cell(body),
+        nbformat.v4.new_code_cell("print('to the end')"),
+    ]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    path = folder / f"{name}.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), path)
+    return Stage(name=name, notebook=path, **stage)
+
+
+def job(stage: Stage, run_id: str | None = None, **given: Any) -> Job:
+    """A job of its own run."""
+    return Job(stage, resolve([stage], ("-p", given))[stage.name], run_id or new_run_id())
+
+
+def run_toys(lake: Lake, *jobs: Job, limit: int = 2, force: bool = False) -> list[Entry]:
+    """Run jobs; the entries, however they ended."""
+    try:
+        return run_jobs(lake, jobs, Board(Console(file=sys.stderr)), limit, force)
+    except StageError as err:
+        return err.ended
