@@ -204,7 +204,8 @@ class Execution:
         self.waiting = list(jobs)
         self.running: dict[Future[Entry], tuple[Job, Watch]] = {}
         self.ended: list[Entry] = []
-        self.noted: set[str] = set()
+        self.noted: set[str] = set()  # runs whose note is written
+        self.bad: set[str] = set()  # stages after which nothing can run
         self.stop: Outcome | None = None
 
     def end(self, cause: str) -> None:
@@ -245,16 +246,15 @@ class Execution:
 
     def _ready(self) -> list[Job]:
         """Jobs that wait for no other; those after one that did not succeed are dropped."""
-        open_stages = {j.stage.name for j in self.waiting}
-        open_stages |= {j.stage.name for j, _ in self.running.values()}
-        bad = {e.stage for e in self.ended if e.state not in GOOD}
-        for job in [j for j in self.waiting if bad & {*j.stage.after}]:
-            self.waiting.remove(job)
-            self.board.say(
-                f"{job.stage.name}: not started, since {', '.join(job.stage.after)} failed"
-            )
-            bad.add(job.stage.name)
-        return [j for j in self.waiting if not open_stages & {*j.stage.after}]
+        self.bad |= {e.stage for e in self.ended if e.state not in GOOD}
+        for job in list(self.waiting):
+            if failed := self.bad & {*job.stage.after}:
+                self.waiting.remove(job)
+                self.bad.add(job.stage.name)
+                self.board.say(f"{job.stage.name}: not run, since {', '.join(failed)} has not")
+        pending = {j.stage.name for j in self.waiting}
+        pending |= {j.stage.name for j, _ in self.running.values()}
+        return [j for j in self.waiting if not pending & {*j.stage.after}]
 
     def _attempts(self, job: Job, key: dict[str, Any], watch: Watch) -> Entry:
         while True:

@@ -14,7 +14,9 @@ from runner.cli import app
 hm = CliRunner()
 
 
-@pytest.mark.parametrize("command", ["run", "serve", "sample", "recommend", "submission", "runs"])
+@pytest.mark.parametrize(
+    "command", [c.name or c.callback.__name__ for c in app.registered_commands]
+)
 def test_every_command_has_help(command):
     done = hm.invoke(app, [command, "--help"])
     assert done.exit_code == 0 and len(done.output) > 200
@@ -36,7 +38,10 @@ def test_sample_writes_three_files(tmp_path):
         (["run", "-p", "rounds"], "expected name=value"),
         (["run", "eda", "--lake", "gs://x"], "expected a folder or s3://"),
         (["submission", "--out", "x.csv", "--lake", "{tmp}"], "the stage 'inference' writes it"),
-        (["recommend", "x", "--lake", "{tmp}"], "the stage 'processing' writes it"),
+        (["recommend", "x", "--lake", "{tmp}"], "the stage 'inference' writes it"),
+        (["report", "--lake", "{tmp}"], "no report at"),
+        (["runs", "--keep", "x", "--lake", "{tmp}"], "has no run 'x'"),
+        (["run", "--params", "{tmp}/none.yaml"], "No such file"),
     ],
 )
 def test_errors_name_the_thing(words, message, tmp_path):
@@ -51,7 +56,7 @@ def test_bad_data_fails_the_first_stage_and_names_the_notebook(tmp_path):
     lake = tmp_path / "lake"
     done = hm.invoke(app, ["run", "--data", str(tmp_path / "data"), "--lake", str(lake)])
     output = " ".join(done.output.split())
-    assert done.exit_code == 1 and "stage 'ingestion' failed, FileNotFoundError" in output
+    assert done.exit_code == 1 and "stage 'ingestion' failed: FileNotFoundError" in output
     assert "expected articles: articles.parquet" in output and "ingestion.ipynb" in output
 
 

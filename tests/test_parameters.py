@@ -118,7 +118,12 @@ def test_everything_wrong_is_said_at_once_with_what_was_expected(tmp_path, monke
 
 def test_layers_rise_from_notebook_to_command_line(tmp_path, monkeypatch):
     stage = toy(tmp_path)
-    own = {"rate": 0.5, "weeks": "${HM_TEST_WEEKS:-2}", "article": "${HM_TEST_ARTICLE}", "names": []}
+    own = {
+        "rate": 0.5,
+        "weeks": "${HM_TEST_WEEKS:-2}",
+        "article": "${HM_TEST_ARTICLE}",
+        "names": [],
+    }
     stage = stage.model_copy(update={"parameters": own})
     monkeypatch.setenv("HM_TEST_ARTICLE", "0000000007")
     file = tmp_path / "params.yaml"

@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 from typer.testing import CliRunner
 
-from hm_reco.core.lake import Lake, open_lake, scan
+from hm_reco.core.lake import Lake, open_lake, scan, table_version
 from hm_reco.stages.ingestion import ingest
 from hm_reco.stages.processing import process
 from runner.cli import app
@@ -37,18 +37,20 @@ def folder_lake(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Lake:
 
 
 def test_each_stage_left_its_row_notebook_and_report(folder_lake):
-    rows = read_ledger(folder_lake).to_dicts()
-    assert [row["stage"] for row in rows] == STAGES
-    for row in rows:
-        assert row["state"] == "succeeded"
-        assert Path(row["notebook"]).is_file() and Path(row["report"]).is_file()
-    parameters = json.loads(rows[3]["parameters"])
-    assert parameters["as_of"] == "2020-09-16" and parameters["rounds"] == 60
+    entries = read_ledger(folder_lake)
+    assert {entry.stage for entry in entries} == {*STAGES}
+    for entry in entries:
+        assert entry.state == "succeeded"
+        assert folder_lake.path(entry.notebook).is_file()
+        assert folder_lake.path(entry.report).is_file()
+    training = next(entry for entry in entries if entry.stage == "training")
+    assert training.parameters["as_of"] == "2020-09-16" and training.parameters["rounds"] == 60
+    assert training.origins["rounds"] == "-p" and training.origins["seed"] == "notebook"
 
 
 def test_reports_are_self_contained_and_hide_code(folder_lake):
     pages = list(folder_lake.path("reports").rglob("*.html"))
-    assert len(pages) == 6
+    assert len(pages) == 7
     for page in pages:
         text = page.read_text()
         assert not re.search(r"""(src|href)=["']?(https?:)?//|@import""", text), page
@@ -104,9 +106,9 @@ def test_s3_gives_the_same_recommendations(folder_lake, sample, s3):
     )
     html = [o["Key"] for o in pages["Contents"] if o["Key"].endswith(".html")]
     head = boto3.client("s3").head_object(Bucket=s3.removeprefix("s3://"), Key=html[0])
-    assert len(html) == 6 and head["ContentType"] == "text/html"
-    for row in read_ledger(lake).to_dicts():
-        assert "testing-secret" not in json.dumps(row, default=str)
+    assert len(html) == 7 and head["ContentType"] == "text/html"
+    for entry in read_ledger(lake):
+        assert "testing-secret" not in json.dumps(vars(entry), default=str)
 
 
 def test_recommend_knows_customers_and_strangers(folder_lake):
@@ -120,16 +122,87 @@ def test_recommend_knows_customers_and_strangers(folder_lake):
 
 def test_runs_are_listed(folder_lake, tmp_path):
     table = run("runs", "--lake", folder_lake.root)
-    assert table.output.count("succeeded") == 5
+    assert table.output.count("succeeded") >= 5
     rows = json.loads(run("runs", "--lake", folder_lake.root, "--json").output)
     assert rows[0]["stage"] == "ingestion" and rows[0]["seconds"] > 0
     assert "No runs yet" in run("runs", "--lake", str(tmp_path / "empty")).output
 
 
 def test_one_stage_as_json(folder_lake):
-    done = run("run", "eda", "--lake", folder_lake.root, "--json")
+    done = run("run", "eda", "--lake", folder_lake.root, "--json", "--force")
     [entry] = json.loads(done.output)
     assert entry["stage"] == "eda" and entry["state"] == "succeeded"
+
+
+def test_a_run_that_changes_nothing_runs_nothing(folder_lake, sample):
+    words = ["--data", str(sample), "--lake", folder_lake.root, *OPTIONS]
+    rows = json.loads(run("plan", *words, "--json").output)
+    assert [row["would"] for row in rows] == ["reuse"] * 5
+    before = len(read_ledger(folder_lake))
+    assert "nothing to do" in run("run", *words).output
+    assert len(read_ledger(folder_lake)) == before
+    rows = json.loads(run("plan", *words, "-p", "rounds=61", "--json").output)
+    assert {row["stage"]: row["why"] for row in rows if row["would"] == "run"} == {
+        "training": "rounds: 60 → 61",
+        "inference": "after training",
+    }
+
+
+def test_a_run_repeats_exactly_from_the_tables_it_saw(folder_lake, sample):
+    run_id = read_ledger(folder_lake)[0].run_id
+    done = run("repeat", run_id, "--lake", folder_lake.root, "--json")
+    assert done.exit_code == 0, done.output
+    rows = json.loads(done.output)
+    assert [row["stage"] for row in rows if row["agree"]] == STAGES
+    lost = run("repeat", "20200101-000000-0000", "--lake", folder_lake.root)
+    assert lost.exit_code == 1 and "no such run" in lost.output
+
+
+def test_a_sweep_compares_and_changes_no_champion(folder_lake):
+    registry = table_version(folder_lake, "artifacts/registry")
+    grid = ["-p", "rounds=[5,10]", "-p", "learning_rate=[0.05]"]
+    words = ["training", *grid, *OPTIONS[:4], "-p", "as_of=2020-09-16", "--lake", folder_lake.root]
+    rows = json.loads(run("sweep", *words, "--json").output)
+    assert [(row["rounds"], row["state"]) for row in rows] == [(5, "succeeded"), (10, "succeeded")]
+    assert rows[0]["MAP@12"] != rows[1]["MAP@12"]
+    assert table_version(open_lake(folder_lake.root), "artifacts/registry") == registry
+    trials = [e for e in read_ledger(folder_lake) if e.run_id.endswith(("-t1", "-t2"))]
+    assert [entry.parameters["rounds"] for entry in trials] == [5, 10]
+    sweep = trials[0].run_id.removesuffix("-t1")
+    page = folder_lake.path("reports", sweep, "index.html").read_text()
+    assert all(f"{row['MAP@12']:.4f}" in page for row in rows)
+    assert f"{sweep}/index.html" in folder_lake.path("reports", "index.html").read_text()
+    states = [row["state"] for row in json.loads(run("sweep", *words, "--json").output)]
+    assert states == ["reused", "reused"]
+    none = run("sweep", "training", "-p", "rounds=5", "--lake", folder_lake.root)
+    assert none.exit_code == 1 and "a sweep needs a list" in none.output
+
+
+def test_vacuum_keeps_what_models_and_kept_runs_refer_to(folder_lake, sample):
+    words = ["ingestion", "processing", "--lake", folder_lake.root, "--force"]
+    for _ in range(2):
+        assert run("run", "--data", str(sample), *words).exit_code == 0
+    name = "processed/purchases"
+    first, middle, last = 0, 1, table_version(open_lake(folder_lake.root), name)
+    rows = scan(folder_lake, name, first).collect().height
+    dry = json.loads(
+        run(
+            "lake", "vacuum", "--keep", "0d", "--dry-run", "--json", "--lake", folder_lake.root
+        ).output
+    )
+    done = json.loads(
+        run("lake", "vacuum", "--keep", "0d", "--json", "--lake", folder_lake.root).output
+    )
+    assert dry == done and sum(row["files"] for row in done if row["table"] == name) > 0
+    assert scan(folder_lake, name, first).collect().height == rows  # a model was trained on it
+    assert scan(folder_lake, name, last).collect().height == rows
+    with pytest.raises(Exception, match="No such file"):
+        scan(folder_lake, name, middle).collect()
+    tables = json.loads(run("lake", "--json", "--lake", folder_lake.root).output)
+    shown = next(row for row in tables if row["table"] == name)
+    assert shown["version"] == last and shown["rows"] == rows and shown["versions"] > last
+    bad = run("lake", "vacuum", "--keep", "soon", "--lake", folder_lake.root)
+    assert bad.exit_code == 1 and "expected a number of days" in bad.output
 
 
 def test_processed_tables_do_not_depend_on_the_number_of_shards(sample, tmp_path):

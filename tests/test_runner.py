@@ -128,7 +128,10 @@ def test_retries_only_where_declared(tmp_path, lake: Lake):
     mark.unlink()
     [entry] = run_toys(lake, job(toy(tmp_path, body + MANIFEST, retries=1), "r2"))
     assert (entry.state, entry.attempt) == ("succeeded", 2)
-    assert [(e.run_id, e.state) for e in read_ledger(lake)] == [("r1", "failed"), ("r2", "succeeded")]
+    assert [(e.run_id, e.state) for e in read_ledger(lake)] == [
+        ("r1", "failed"),
+        ("r2", "succeeded"),
+    ]
 
 
 def test_independent_stages_run_side_by_side_and_failures_stop_only_what_follows(tmp_path, lake):
@@ -139,10 +142,12 @@ def test_independent_stages_run_side_by_side_and_failures_stop_only_what_follows
     one = toy(tmp_path, slow.replace('"toy"', '"one"'), name="one")
     bad = toy(tmp_path, "1 / 0", name="bad")
     after = toy(tmp_path, name="after", after=("bad",))
-    entries = {e.stage: e for e in run_toys(lake, *(job(s, "r1") for s in (one, two, bad, after)))}
+    last = toy(tmp_path, name="last", after=("after",))
+    jobs = [job(stage, "r1") for stage in (one, two, bad, after, last)]
+    entries = {e.stage: e for e in run_toys(lake, *jobs)}
     assert entries["one"].metrics["end"] > entries["two"].metrics["start"]
     assert entries["one"].metrics["start"] < entries["two"].metrics["end"]
-    assert entries["bad"].state == "failed" and "after" not in entries
+    assert entries["bad"].state == "failed" and not {"after", "last"} & entries.keys()
     with pytest.raises(StageError, match=r"'bad' failed: ZeroDivisionError[\s\S]*bad\.ipynb"):
         run_jobs(lake, [job(bad, "r2")], Board(Console(), quiet=True))
 

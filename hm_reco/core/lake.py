@@ -339,12 +339,12 @@ def _abort_uploads(lake: Lake, stage: str) -> None:
                     Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"]
                 )
 
-# %% ../../nbs/core/01_lake.ipynb #a5fe0e11
+# %% ../../nbs/core/01_lake.ipynb #b247b47a
 def take_back(lake: Lake, stage: str) -> list[str]:
     """Undo what a stage wrote without vouching for it; returns the tables concerned.
 
-    Only for who alone writes the stage's tables now. A table never vouched for is emptied, but
-    where the stage never vouched for anything, its tables are taken as they are.
+    Only for who alone writes the stage's tables now. A table never vouched for is emptied and
+    stays invisible; where the stage never vouched for anything, its tables are taken as they are.
     """
     names = [name for name in table_names(lake) if stage_of(name) == stage]
     if stage not in read_vouched(lake):
@@ -356,13 +356,13 @@ def take_back(lake: Lake, stage: str) -> list[str]:
         table = _newest(lake, name)
         versions = list(range(table.version() + 1))
         stray = table.vacuum(0, False, False, full=True, keep_versions=versions)
-        if name not in tables:
-            table.delete()
-        elif table.version() > tables[name]:
+        if name in tables and table.version() > tables[name]:
             table.restore(tables[name])
+            tables[name] = table.version()
+        elif name not in tables and table.file_uris():
+            table.delete()
         elif not stray:
             continue
-        tables[name] = table.version()
         concerned.append(name)
     vouch(lake, stage, tables)
     return concerned
