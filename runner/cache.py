@@ -6,15 +6,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from hashlib import sha256
 from importlib.util import resolve_name
+from inspect import getfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import hm_reco
 from hm_reco.core.lake import Lake, fingerprint, read_vouched
 from runner.graph import Stage, project_root
 from runner.ledger import Entry
 
-PACKAGE = Path(hm_reco.__file__).parent
+PACKAGE = Path(getfile(Lake)).parents[1]  # hm_reco, wherever it is installed
 NOT_PART = ("lake", "run_id")  # parameters that say where, not what
 
 

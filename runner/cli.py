@@ -237,13 +237,14 @@ def sweep(
     as_json: JsonOption = False,
 ) -> None:
     """Run a stage once for each value of a list: -p learning_rate=[0.03,0.1]; lists make a grid."""
+    from reports.pages import headline
     from runner.again import trials
     from runner.board import Board
     from runner.execute import Job, StageError
     from runner.graph import choose, load_pipeline
     from runner.ledger import new_run_id
     from runner.parameters import parse_assignments, read_file
-    from runner.render import headline, render_sweep
+    from runner.render import render_sweep
 
     with _told():
         target, sweep_id = open_lake(lake), new_run_id()
@@ -261,7 +262,7 @@ def sweep(
         render_sweep(target, sweep_id, varied, entries)
         rows = [
             {"trial": e.run_id.rpartition("-")[2], **varied[e.run_id], "state": e.state}
-            | headline(e)
+            | headline(e, {stage: chosen})
             for e in entries
         ]
         _show(f"Sweep {sweep_id}", rows, as_json)

@@ -16,12 +16,13 @@ import nbformat
 import psutil
 
 from hm_reco.core.lake import Lake, put_file, read_manifest, read_vouched, take_back
+from reports.pages import add_banner, notebook_page
 from runner.board import Board
 from runner.cache import Decision, decide, key_of
 from runner.graph import Stage, project_root
 from runner.ledger import Entry, Outcome, enter, git_commit, read_ledger, write_json
 from runner.parameters import Resolved
-from runner.render import add_banner, render_index, render_notebook, render_run
+from runner.render import render_index, render_run
 from runner.watch import Watch, watching
 
 TEMPORARY = "hm-run-"  # and the runner's process id
@@ -121,7 +122,7 @@ def _keep(lake: Lake, entry: Entry, notebook: nbformat.NotebookNode) -> None:
     entry.notebook = f"runs/{entry.run_id}/{entry.stage}.ipynb"
     entry.report = f"reports/{entry.run_id}/{entry.stage}.html"
     put_file(lake.path(entry.notebook), nbformat.writes(notebook))
-    put_file(lake.path(entry.report), render_notebook(notebook, entry))
+    put_file(lake.path(entry.report), notebook_page(notebook, entry))
 
 
 def _take_manifest(lake: Lake, entry: Entry) -> Outcome:

@@ -4,11 +4,10 @@ import json
 import os
 import secrets
 import subprocess
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_origin
 
 import polars as pl
 
@@ -25,29 +24,6 @@ State = Literal[
     "stopped",  # somebody asked the runner to end
     "lost",  # the runner itself died; entered by the next run
 ]
-SCHEMA: dict[str, Any] = {
-    "run_id": pl.String,
-    "stage": pl.String,
-    "state": pl.String,
-    "started": pl.Datetime("us", "UTC"),
-    "seconds": pl.Float64,
-    "peak_memory_mb": pl.Float64,
-    "cpu_seconds": pl.Float64,
-    "attempt": pl.Int64,
-    "host": pl.String,
-    "parameters": pl.String,
-    "origins": pl.String,
-    "key": pl.String,
-    "sources": pl.String,
-    "inputs": pl.String,
-    "outputs": pl.String,
-    "metrics": pl.String,
-    "git_commit": pl.String,
-    "notebook": pl.String,
-    "report": pl.String,
-    "error": pl.String,
-}
-TEXTS = ("parameters", "origins", "key", "sources", "inputs", "outputs", "metrics")
 
 
 class Outcome(NamedTuple):
@@ -81,6 +57,12 @@ class Entry:
     notebook: str = ""  # path below the lake's root, as is `report`
     report: str = ""
     error: str = ""
+
+
+# dictionaries are kept as JSON
+TYPES: dict[Any, Any] = {int: pl.Int64, float: pl.Float64, datetime: pl.Datetime("us", "UTC")}
+SCHEMA: dict[str, Any] = {f.name: TYPES.get(f.type, pl.String) for f in fields(Entry)}
+TEXTS = [f.name for f in fields(Entry) if get_origin(f.type) is dict]
 
 
 def new_run_id() -> str:
@@ -124,23 +106,3 @@ def read_ledger(lake: Lake) -> list[Entry]:
 def _entry(row: dict[str, Any]) -> Entry:
     known = {name: value for name, value in row.items() if value is not None and name in SCHEMA}
     return Entry(**{n: json.loads(v) if n in TEXTS else v for n, v in known.items()})
-
-
-def by_run(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
-    """Entries by run, the newest run first."""
-    runs: dict[str, list[Entry]] = {}
-    for entry in entries:
-        runs.setdefault(entry.run_id, []).append(entry)
-    return dict(reversed(runs.items()))
-
-
-def figure(metrics: Any, path: str) -> Any:
-    """The figure at `map12.ranker.0` in nested metrics; None where there is none."""
-    for part in path.split("."):
-        if isinstance(metrics, dict):
-            metrics = metrics.get(part)
-        elif isinstance(metrics, list) and part.isdigit() and int(part) < len(metrics):
-            metrics = metrics[int(part)]
-        else:
-            return None
-    return metrics

@@ -49,7 +49,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "cut":
             return self._cut()
         if fault == "slow":
-            time.sleep(1.5)
+            time.sleep(1)
         connection = http.client.HTTPConnection(self.server.target, timeout=60)
         connection.request(self.command, self.path, body, dict(self.headers))
         answer = connection.getresponse()

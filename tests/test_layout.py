@@ -11,7 +11,7 @@ ROOMS = {
     "hm_reco/core": {"hm_reco.core"},
     "hm_reco/model": {"hm_reco.core", "hm_reco.model"},
     "hm_reco/stages": {"hm_reco.core", "hm_reco.model", "hm_reco.stages"},
-    "runner": {"hm_reco.core", "runner"},
+    "runner": {"hm_reco.core", "runner", "reports"},
     "reports": {"reports"},
 }
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("[0-9]*.ipynb"))
