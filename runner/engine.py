@@ -72,6 +72,7 @@ class StageEngine(NBClientEngine):
             nb_man,
             kernel_name=kernel_name,
             startup_timeout=60,
+            shutdown_kernel="immediate",  # all cells have run; a polite end takes 0.6 s
             extra_arguments=KERNEL_ARGUMENTS,
             watch=watch,
             listen=listen,

@@ -244,6 +244,7 @@ class Execution:
             watch = Watch(job.stage.name, job.run_id)
             self.running[pool.submit(self._attempts, job, decision.key, watch)] = (job, watch)
             self.board.started(watch, decision.reason)
+            import nbconvert.exporters  # noqa: F401 - needed soon; the kernel is starting meanwhile
 
     def _ready(self) -> list[Job]:
         """Jobs that wait for no other; those after one that did not succeed are dropped."""
