@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import boto3
@@ -126,6 +128,19 @@ def test_runs_are_listed(folder_lake, tmp_path):
     rows = json.loads(run("runs", "--lake", folder_lake.root, "--json").output)
     assert rows[0]["stage"] == "ingestion" and rows[0]["seconds"] > 0
     assert "No runs yet" in run("runs", "--lake", str(tmp_path / "empty")).output
+
+
+def test_report_says_where_it_is_and_opens_it(folder_lake, tmp_path, monkeypatch):
+    opened = tmp_path / "opened"
+    browser = tmp_path / "browser"
+    browser.write_text(f"#!/bin/sh\necho $1 > {opened}\n")
+    browser.chmod(0o755)
+    monkeypatch.setenv("BROWSER", str(browser))
+    command = [Path(sys.executable).with_name("hm"), "report", "--lake", folder_lake.root]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    index = folder_lake.path("reports", "index.html")
+    assert done.stdout.strip() == str(index)
+    assert opened.read_text().strip() == index.as_uri()
 
 
 def test_one_stage_as_json(folder_lake):

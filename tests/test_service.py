@@ -9,12 +9,12 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import free_port, wait_for
 from fastapi.testclient import TestClient
 
-from hm_reco.core.lake import Lake, scan
+from hm_reco.core.lake import Lake, put_file, scan
 from hm_reco.model.bundle import BundleError, champion
 from hm_reco.stages.inference import EXAMPLE, MAX_BODY, create_app, load_champion, portraits
+from tests.conftest import free_port, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +131,26 @@ def test_a_real_process_serves(trained_lake, loyal):
 def test_scores_are_json_numbers(client):
     text = client.post("/predict", json={"customer_ids": ["x"], "k": 1}).text
     assert isinstance(json.loads(text)["recommendations"][0]["articles"][0]["score"], float)
+
+
+def test_reports_are_offered_and_nothing_else(trained_lake: Lake):
+    put_file(trained_lake.path("reports", "index.html"), "<p>all runs")
+    put_file(trained_lake.path("reports", "r1", "eda.html"), "<p>a report")
+    put_file(trained_lake.path("runs", "r1", "eda.ipynb"), "{}")
+    put_file(trained_lake.path("runs", "r1", "secret.txt"), "no")
+    with TestClient(create_app(trained_lake)) as client:
+        for path in ("/reports/", "/reports", "/reports/index.html"):
+            assert client.get(path).text == "<p>all runs"
+        page = client.get("/reports/r1/eda.html")
+        assert page.text == "<p>a report" and page.headers["content-type"].startswith("text/html")
+        assert "default-src 'none'" in page.headers["content-security-policy"]
+        assert client.get("/runs/r1/eda.ipynb").status_code == 200
+        for path in (
+            "/runs/r1/secret.txt",
+            "/reports/none.html",
+            "/reports/r1",
+            "/reports/%2e%2e/raw/articles/_delta_log/00000000000000000000.json",
+            "/reports/..%2fraw%2farticles%2f_delta_log%2f00000000000000000000.json",
+            "/reports//etc/passwd.html",
+        ):
+            assert client.get(path).status_code == 404, path
