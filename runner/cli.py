@@ -86,9 +86,9 @@ def _jobs(
     stages: Sequence[str], data: str | None, parameters: Sequence[str], file: Path | None, run: str
 ) -> list[Any]:
     """The stages to be run with their parameters; all that is wrong with them is said at once."""
-    from runner.execute import Job
     from runner.graph import choose, load_pipeline
     from runner.parameters import parse_assignments, read_file, resolve
+    from runner.stage import Job
 
     chosen = choose(load_pipeline(), stages)
     given = parse_assignments(parameters)
@@ -240,11 +240,12 @@ def sweep(
     from reports.pages import headline
     from runner.again import trials
     from runner.board import Board
-    from runner.execute import Job, StageError
+    from runner.execute import StageError
     from runner.graph import choose, load_pipeline
     from runner.ledger import new_run_id
     from runner.parameters import parse_assignments, read_file
     from runner.render import render_sweep
+    from runner.stage import Job
 
     with _told():
         target, sweep_id = open_lake(lake), new_run_id()
@@ -254,7 +255,9 @@ def sweep(
         todo = [Job(chosen, resolved, run_id) for run_id, (_, resolved) in found.items()]
         board = Board(console, verbose, as_json)
         try:
-            entries, failure = _run(target, todo, board, jobs, force, wait), None
+            # trials that write the same tables take turns; which do not, the pipeline declares
+            limit = jobs if chosen.sweep else 1
+            entries, failure = _run(target, todo, board, limit, force, wait), None
         except StageError as err:
             entries, failure = err.ended, err
         varied = {run_id: values for run_id, (values, _) in found.items()}

@@ -9,10 +9,11 @@ from rich.console import Console
 
 from hm_reco.core.lake import Lake
 from runner.board import Board
-from runner.execute import Job, StageError, run_jobs
+from runner.execute import StageError, run_jobs
 from runner.graph import Stage
 from runner.ledger import Entry, new_run_id
 from runner.parameters import resolve
+from runner.stage import Job
 
 PARAMETERS = """lake: str = ""  # root of the lake
 run_id: str = "notebook"  # name of the run
