@@ -298,9 +298,10 @@ def repeat(
 def runs(
     lake: LakeOption = None,
     keep: Annotated[str | None, typer.Option(help="Never let go what this run refers to.")] = None,
+    last: Annotated[int, typer.Option(help="Entries to show; 0: all.", min=0)] = 40,
     as_json: JsonOption = False,
 ) -> None:
-    """List what ran in a lake: stages, states, times, cost."""
+    """List what ran in a lake, the newest last: stages, states, times, cost."""
     from hm_reco.core.upkeep import keep_run
     from runner.ledger import read_ledger
 
@@ -309,7 +310,7 @@ def runs(
         if keep is not None:
             keep_run(target, keep)
             return console.print(f"kept: {keep}")
-        entries = read_ledger(target)
+        entries = read_ledger(target)[-last:]
         if as_json:
             return _show("", [vars(entry) for entry in entries], True)
         rows = [

@@ -186,27 +186,29 @@ def _layered(
         for (only, name), value in _split(content, {stage.name: model}).items():
             if only == stage.name or (not only and name in model.model_fields):
                 try:
-                    values[name], origins[name] = _value(value, model, name), layer
+                    # on the command line, the shell has filled in its own
+                    fill = isinstance(value, str) and layer != "-p"
+                    filled = VARIABLE.sub(_variable, value) if fill else value
+                    values[name], origins[name] = _value(filled, model, name), layer
                 except ValueError as err:
                     wrong.append(f"{name} ({stage.name}, {layer}): {err}")
     return values, origins, wrong
 
 
 def _value(value: Any, model: type[BaseModel], name: str) -> Any:
-    """A value with `${VARIABLE}` filled in, and read as YAML where the type is no plain text."""
+    """A value; a text is read as YAML where the parameter may be a list or a mapping."""
     if not isinstance(value, str):
         return value
-    text = VARIABLE.sub(_variable, value)
     field = model.model_fields.get(name)
     annotation = field.annotation if field else str
-    if NoneType in _parts(annotation) and text in ("None", "null"):
+    if NoneType in _parts(annotation) and value in ("None", "null"):
         return None
-    if is_list(annotation) and text[:1] in ("[", "{"):
+    if is_list(annotation) and value[:1] in ("[", "{"):
         try:
-            return read_yaml(text)
+            return read_yaml(value)
         except yaml.YAMLError as err:
-            raise ValueError(f"{text!r} is no list or mapping: {err}") from err
-    return text
+            raise ValueError(f"{value!r} is no list or mapping: {err}") from err
+    return value
 
 
 def _parts(annotation: Any) -> tuple[Any, ...]:

@@ -84,7 +84,7 @@ def wait_until(true: Callable[[], object], process: subprocess.Popen[str], what:
     while not true():
         assert process.poll() is None, f"ended before {what}: {process.communicate()[0]}"
         assert time.monotonic() < end, f"waited in vain for {what}"
-        time.sleep(0.02)
+        time.sleep(0.1)
 
 
 def kernels(process: subprocess.Popen[str]) -> list[psutil.Process]:

@@ -69,6 +69,7 @@ def test_a_missing_notebook_is_named(tmp_path):
         ("weeks", "3", 3),
         ("weeks", "None", None),
         ("kind", "lambdarank", "lambdarank"),
+        ("article", "${HOME}", "${HOME}"),
         ("start", "2020-02-29", "2020-02-29"),
         ("names", "[0112404001, yes, 12e4567]", ["0112404001", "yes", "12e4567"]),
     ],
