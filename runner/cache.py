@@ -10,7 +10,7 @@ from inspect import getfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hm_reco.core.lake import Lake, fingerprint, read_vouched
+from hm_reco.core.lake import Lake, fingerprint
 from runner.graph import Stage, project_root
 from runner.ledger import Entry
 
@@ -94,9 +94,12 @@ def key_of(stage: Stage, parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def decide(
-    lake: Lake, stage: Stage, parameters: Mapping[str, Any], entries: Sequence[Entry]
+    vouched: Mapping[str, Mapping[str, int]],
+    stage: Stage,
+    parameters: Mapping[str, Any],
+    entries: Sequence[Entry],
 ) -> Decision:
-    """Compare a stage with its succeeded runs in the ledger's `entries`."""
+    """Compare a stage with its succeeded runs in the ledger's `entries`, and the lake's tables."""
     key = key_of(stage, parameters)
     own = [e for e in entries if e.stage == stage.name and e.state != "reused"]
     done = [e for e in own if e.state == "succeeded"]
@@ -105,7 +108,7 @@ def decide(
     same = next((e for e in reversed(done) if e.key == key), None)
     if same is None:
         return Decision("; ".join(_differences(done[-1].key, key)), key)
-    reasons = list(_moved(lake, same))
+    reasons = list(_moved(vouched, same))
     return Decision("; ".join(reasons), key) if reasons else Decision("unchanged", key, same)
 
 
@@ -125,14 +128,12 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
         yield f"{name}: {before.get(name)!r} → {after.get(name)!r}"
 
 
-def _moved(lake: Lake, entry: Entry) -> Iterator[str]:
+def _moved(vouched: Mapping[str, Mapping[str, int]], entry: Entry) -> Iterator[str]:
     """What has changed around a run whose code and parameters are the same."""
     for source, seen in entry.sources.items():
         if fingerprint(source) != seen:
             yield f"source {source} changed"
-    visible: dict[str, int] = {}
-    for tables in read_vouched(lake).values():
-        visible |= tables
+    visible = {name: v for tables in vouched.values() for name, v in tables.items()}
     for what, tables in (("input", entry.inputs), ("output", entry.outputs)):
         for name, version in tables.items():
             if visible.get(name) != version:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hm_reco.core.lake import Lake, open_lake
+from hm_reco.core.lake import Lake, open_lake, read_vouched
 from hm_reco.core.settings import Settings
 
 app = typer.Typer(
@@ -188,9 +188,9 @@ def plan(
 
     with _told():
         target, rows, runs = open_lake(lake), [], set[str]()
-        entries = read_ledger(target)
+        entries, vouched = read_ledger(target), read_vouched(target)
         for job in _jobs(stages or [], data, parameter or [], params, "plan"):
-            decision = decide(target, job.stage, job.parameters.values, entries)
+            decision = decide(vouched, job.stage, job.parameters.values, entries)
             before = [name for name in job.stage.after if name in runs]
             why = f"after {', '.join(before)}" if before and decision.reuse else decision.reason
             if before or not decision.reuse:

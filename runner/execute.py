@@ -92,6 +92,7 @@ class Execution:
         self.noted: set[str] = set()  # runs whose note is written
         self.bad: set[str] = set()  # stages after which nothing can run
         self.stop: Outcome | None = None
+        self.vouched = read_vouched(lake)
 
     def end(self, cause: str) -> None:
         """End what runs, and start nothing more."""
@@ -169,6 +170,7 @@ class Execution:
             cause = f"it could not be recorded: {type(err).__name__}: {err}"
             entry = Entry(job.run_id, job.stage.name, {}, "", "failed", error=cause)
         self.ended.append(entry)
+        self.vouched = read_vouched(self.lake)
         self.board.ended(entry)
         if self.waiting or self.running:
             self._page(job.run_id)
@@ -180,7 +182,7 @@ class Execution:
         started = datetime.now(UTC).isoformat(timespec="seconds")
         return {"run_id": job.run_id, "started": started, "stages": stages} | {
             "commit": git_commit(job.root),
-            "vouched": read_vouched(self.lake),
+            "vouched": self.vouched,
         }
 
     def _finish(self) -> None:
@@ -221,8 +223,9 @@ def run_jobs(
     Raises `StageError` when stages did not succeed; those that do not depend on them ran.
     """
     entries = prepare(lake, [job.stage.name for job in jobs], board)
+    execution = Execution(lake, jobs, board, limit)
 
     def decide_for(job: Job) -> Decision:
-        return decide(lake, job.stage, job.parameters.values, entries)
+        return decide(execution.vouched, job.stage, job.parameters.values, entries)
 
-    return Execution(lake, jobs, board, limit).run(always if force else decide_for)
+    return execution.run(always if force else decide_for)

@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from rich.console import Console
 
-from hm_reco.core.lake import Lake, open_lake
+from hm_reco.core.lake import Lake, open_lake, read_vouched
 from runner.board import Board
 from runner.cache import decide, key_of
 from runner.execute import StageError, run_jobs
@@ -162,7 +162,7 @@ def test_what_has_not_changed_is_not_run_again(tmp_path, lake: Lake):
 
     def why(stage, **given):
         todo = job(stage, **given)
-        return decide(lake, stage, todo.parameters.values, read_ledger(lake)).reason
+        return decide(read_vouched(lake), stage, todo.parameters.values, read_ledger(lake)).reason
 
     assert why(stage) == "unchanged"
     assert why(stage, rate="0.2") == "rate: 0.1 → 0.2"
