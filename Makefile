@@ -48,8 +48,9 @@ types: .installed
 notebooks: .installed
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --do-print
 
+# the faults, which mostly wait, beside all others
 pytest: .installed
-	$(BIN)/pytest --cov --cov-report=term --cov-fail-under=90
+	$(BIN)/pytest -n 2 --dist loadfile --cov --cov-report=term --cov-fail-under=90
 
 format: .installed  ## bring notebooks, library and code into shape
 	$(BIN)/ruff format

@@ -14,6 +14,7 @@ from hm_reco.model.bundle import (
     REGISTRY,
     Bundle,
     BundleError,
+    NoModelError,
     champion,
     load_bundle,
     publish,
@@ -82,17 +83,18 @@ def test_a_ranker_that_does_not_win_is_kept_but_the_baseline_serves(week):
 def test_a_training_run_publishes_and_reports(lake: Lake):
     history = sample_history(1_500)
     plan = Plan(history.day, evaluation_weeks=1, training_weeks=5)
-    told: list[str] = []
-    settings = RankerSettings(rounds=40)
-    trained = train_and_publish(
-        lake, history, plan, settings, {"processed/x": 1}, "r1", told.append
-    )
+    settings, tables = RankerSettings(rounds=40), {"processed/x": 1}
+    trial = train_and_publish(lake, history, plan, settings, tables, "r0", enter=False)
+    assert load_bundle(lake, trial.champion).tables == tables
+    with pytest.raises(NoModelError):
+        champion(lake)
+    trained = train_and_publish(lake, history, plan, settings, tables, "r1")
     metrics = metrics_of(trained)
-    assert champion(lake) == metrics["champion"] and len(told) == 8
+    assert champion(lake) == metrics["champion"]
     assert metrics["map12"][RANKER][0] == pytest.approx(
         trained.verdict.means[RANKER].mean, abs=1e-6
     )
-    assert load_bundle(lake, champion(lake)).tables == {"processed/x": 1}
+    assert load_bundle(lake, champion(lake)).tables == tables
     assert len(plot_training(trained).axes) == 2
 
 
