@@ -61,7 +61,7 @@ def repeat(lake: Lake, run_id: str, into: str | None, board: Board) -> list[dict
     for source, seen in (pair for e in entries for pair in e.sources.items()):
         if fingerprint(source) != seen:
             board.say(f"warning: {source} has changed since the run", "yellow")
-    with _code_of(entries, board) as root, TemporaryDirectory(prefix="hm-repeat-") as folder:
+    with code_of(entries, board) as root, TemporaryDirectory(prefix="hm-repeat-") as folder:
         pipeline = load_pipeline(root / "runner" / "pipeline.yaml", root)
         beside = branch(lake, into or folder, _tables_before(lake, run_id, entries))
         jobs = [Job(pipeline[e.stage], _parameters(e), run_id, root) for e in entries]
@@ -87,7 +87,7 @@ def _tables_before(lake: Lake, run_id: str, entries: Sequence[Entry]) -> dict[st
 
 
 @contextmanager
-def _code_of(entries: Sequence[Entry], board: Board) -> Iterator[Path]:
+def code_of(entries: Sequence[Entry], board: Board) -> Iterator[Path]:
     """A checkout with the code of a run: this one when nothing differs, else the commit's."""
     here, pipeline = project_root(), load_pipeline()
     known = [e for e in entries if e.stage in pipeline]

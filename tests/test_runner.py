@@ -12,9 +12,11 @@ import pytest
 from rich.console import Console
 
 from hm_reco.core.lake import Lake, open_lake, read_vouched
+from runner.again import code_of
 from runner.board import Board
 from runner.cache import decide, key_of
 from runner.execute import StageError, run_jobs
+from runner.graph import load_pipeline, project_root
 from runner.ledger import Entry, enter, read_ledger
 from tests.toys import MANIFEST, job, run_toys, toy
 
@@ -242,3 +244,24 @@ def test_the_ledger_shows_the_last_state(lake: Lake):
     time.sleep(0.01)
     enter(lake, entry)
     assert [(e.state, e.parameters) for e in read_ledger(lake)] == [("failed", {"a": 1})]
+
+
+def test_a_repetition_takes_the_recorded_commit_where_the_checkout_differs(capsys):
+    root = project_root()
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    head = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    if not head:
+        pytest.skip("needs a git checkout")
+    board = Board(Console(width=200))
+    key = key_of(load_pipeline()["eda"], {})
+    with code_of([Entry("r1", "eda", {}, head, key=key)], board) as folder:
+        assert folder == root
+    changed = Entry("r1", "eda", {}, f"{head}+changes", key=key | {"notebook": "another"})
+    with code_of([changed], board) as folder:
+        assert folder != root and (folder / "nbs" / "stages" / "30_eda.ipynb").is_file()
+    unknown = Entry("r1", "eda", {}, "0" * 40, key={})
+    with code_of([unknown], board) as folder:
+        assert folder == root
+    said = capsys.readouterr().out
+    assert f"repeating with commit {head}; it had uncommitted changes" in said
+    assert f"no commit {'0' * 40} here; repeating with the present code" in said
