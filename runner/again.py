@@ -11,6 +11,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import yaml
+
 from hm_reco.core.lake import Lake, branch, fingerprint, stage_of
 from runner.board import Board
 from runner.cache import key_of
@@ -33,7 +35,10 @@ def trials(
     grid = {}
     for name, text in given.items():
         field = model.model_fields.get(name)
-        values = read_yaml(text) if text.startswith("[") else None
+        try:
+            values = read_yaml(text) if text.startswith("[") else None
+        except yaml.YAMLError as err:
+            raise ParameterError(f"-p {name}={text}: expected a list, [a, b]: {err}") from err
         nested = isinstance(values, list) and any(isinstance(v, list) for v in values)
         if isinstance(values, list) and (nested or not (field and is_list(field.annotation))):
             grid[name] = values

@@ -39,6 +39,8 @@ def test_sample_writes_three_files(tmp_path):
         (["run", "eda", "--lake", "gs://x"], "expected a folder or s3://"),
         (["submission", "--out", "x.csv", "--lake", "{tmp}"], "the stage 'inference' writes it"),
         (["recommend", "x", "--lake", "{tmp}"], "the stage 'inference' writes it"),
+        (["sweep", "training", "-p", "rounds=[1,"], "expected a list"),
+        (["sweep", "training", "-p", "round=[1,2]"], "did you mean 'rounds'"),
         (["report", "--lake", "{tmp}"], "no report at"),
         (["runs", "--keep", "x", "--lake", "{tmp}"], "has no run 'x'"),
         (["run", "--params", "{tmp}/none.yaml"], "No such file"),
