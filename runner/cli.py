@@ -136,9 +136,9 @@ def run(
         entries = _run(target, todo, Board(console, verbose, as_json), jobs, force, wait)
     if as_json:
         print(json.dumps([vars(entry) for entry in entries], default=str, indent=2))
-    elif all(entry.state == "reused" for entry in entries):
-        console.print("nothing to do: no stage's code, parameters or data changed (--force)")
     else:
+        if all(entry.state == "reused" for entry in entries):
+            console.print("nothing to do: no stage's code, parameters or data changed (--force)")
         _summary(open_lake(lake), {entry.stage: entry.metrics for entry in entries}, lake)
 
 

@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 
 from hm_reco.core.contracts import check, columns_of, read_as
-from hm_reco.core.lake import open_lake, scan
+from hm_reco.core.lake import open_lake, scan, table_version
 from hm_reco.stages.ingestion import choose, ingest, local_files
 
 
@@ -153,6 +153,53 @@ def test_rows_that_break_a_rule_are_set_aside_with_its_name(lake, files):
         assert named in rules
     assert "article_id unknown" in rules
     assert "t_dat='2020-13-01'" in aside["unreadable"].to_list()
+    assert sorted(aside["row"]) == [1, 2, 3, 4, 5]
+    assert set(aside["file"]) == {"transactions_train.csv"}
+
+
+def test_rows_are_numbered_through_all_batches(lake, files, monkeypatch):
+    monkeypatch.setattr("hm_reco.stages.ingestion.BATCH_ROWS", 5_000)
+    whole = ingested(lake, files)["transactions"].rows
+    before = scan(lake, "raw/transactions").collect()
+    edit(
+        files / "transactions_train.csv",
+        lambda f: f.with_row_index().with_columns(
+            price=pl.when(pl.col("index") == 12_345).then(pl.lit("x")).otherwise("price")
+        ),
+    )
+    assert ingested(lake, files)["transactions"].rows == whole - 1
+    [aside] = scan(lake, "quarantine/transactions").collect().to_dicts()
+    assert (aside["row"], aside["unreadable"]) == (12_346, "price='x'")
+    after = scan(lake, "raw/transactions").collect()
+    assert (
+        after.height == before.height - 1
+        and after.join(before, on=after.columns, how="anti").is_empty()
+    )
+
+
+def test_too_many_bad_rows_stop_the_load_and_commit_nothing(lake, files):
+    ingest(lake, str(files))
+    before = table_version(lake, "raw/transactions")
+    edit(
+        files / "transactions_train.csv",
+        lambda f: f.with_row_index().with_columns(
+            t_dat=pl.when(pl.col("index") % 10 == 0).then(pl.lit("soon")).otherwise("t_dat")
+        ),
+    )
+    with pytest.raises(ValueError, match=r"transactions_train\.csv: \d+ of \d+ rows, more than"):
+        ingest(lake, str(files), max_aside=0.05)
+    assert table_version(lake, "raw/transactions") == before
+    assert ingest(lake, str(files), max_aside=0.2)[2].broken["unreadable check, t_dat nullability"]
+
+
+def test_a_column_that_nobody_knows_is_named(lake, files):
+    edit(files / "customers.csv", lambda f: f.with_columns(shoe_size=pl.lit("38")))
+    with pytest.raises(ValueError, match=r"customers\.csv: .*unknown columns shoe_size"):
+        ingest(lake, str(files))
+    assert ingest(lake, str(files), accept_new=True)[1].rows == 2_000
+    edit(files / "articles.csv", lambda f: f.rename({"prod_name": "product_name"}))
+    with pytest.raises(ValueError, match="prod_name may be 'product_name' here"):
+        ingest(lake, str(files), accept_new=True)
 
 
 def test_a_key_twice_is_set_aside(lake, files):

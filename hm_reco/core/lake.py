@@ -5,22 +5,25 @@
 # %% auto #0
 __all__ = ['LakePath', 'CURRENT', 'STAGE_OF', 'BRANCH', 'PROPERTIES', 'Lake', 'open_lake', 'stage_of', 'read_vouched', 'vouch',
            'branch', 'find_file', 'MissingTableError', 'has_table', 'open_table', 'table_version', 'scan', 'write',
-           'append', 'put_file', 'fingerprint', 'write_manifest', 'read_manifest', 'read_and_written', 'table_names',
-           'take_back']
+           'write_batches', 'append', 'put_file', 'fingerprint', 'write_manifest', 'read_manifest', 'read_and_written',
+           'table_names', 'take_back']
 
-# %% ../../nbs/core/01_lake.ipynb #26067439
+# %% ../../nbs/core/01_lake.ipynb #9e7351c8
 import json
 import mimetypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
+from queue import Full, Queue
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import boto3
 import polars as pl
+from arro3.core import RecordBatch, RecordBatchReader, Table
 from botocore.config import Config
 from botocore.session import get_session
 from cloudpathlib import CloudPath, S3Client
@@ -220,6 +223,57 @@ def write(
         delta_write_options=options,
     )
     return _written(lake, name)
+
+# %% ../../nbs/core/01_lake.ipynb #013c516e
+def write_batches(lake: Lake, name: str, batches: Iterable[pl.DataFrame]) -> int:
+    """Replace a table by the rows of all batches (at least one), in one commit; its version.
+
+    An error that `batches` raises is raised here, and nothing is committed. The next batch is made
+    while the last one is written.
+    """
+    todo: Queue[pl.DataFrame | Exception | None] = Queue(1)
+    made = iter(batches)
+    first = next(made)
+    rows = RecordBatchReader.from_batches(Table.from_arrow(first).schema, _arrow(first, todo))
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(
+            write_deltalake,
+            lake.uri(name),
+            rows,
+            mode="overwrite",
+            schema_mode="overwrite",
+            configuration=PROPERTIES,
+            storage_options=lake.options or None,
+        )
+        try:
+            for batch in made:
+                _hand_over(todo, batch, writing)
+        except Exception as err:
+            _hand_over(todo, err, writing)
+            raise
+        _hand_over(todo, None, writing)
+        writing.result()
+    return _written(lake, name)
+
+# %% ../../nbs/core/01_lake.ipynb #e327140b
+def _arrow(first: pl.DataFrame, todo: Queue) -> Iterator[RecordBatch]:
+    """Batches as Arrow has them. Runs in the writer's thread, where no other table can be read."""
+    item: pl.DataFrame | Exception | None = first
+    while item is not None:
+        if isinstance(item, Exception):
+            raise item
+        yield from Table.from_arrow(item).to_batches()
+        item = todo.get()
+
+
+def _hand_over(todo: Queue, item: Any, writing: Future) -> None:
+    """Give the writer the next item, unless it has ended, by an error."""
+    while not writing.done():
+        try:
+            return todo.put(item, timeout=1)
+        except Full:
+            continue
+    return None
 
 # %% ../../nbs/core/01_lake.ipynb #e0c109ed
 def append(lake: Lake, name: str, frame: pl.DataFrame, extend: bool = False) -> int:
