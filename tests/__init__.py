@@ -1,0 +1,5 @@
+"""Tests that cross notebooks; failing assertions of the helpers are explained too."""
+
+import pytest
+
+pytest.register_assert_rewrite("tests.faults", "tests.toys")

@@ -15,6 +15,7 @@ import pytest
 from hm_reco.core.lake import Lake, open_lake
 from hm_reco.core.sample import write_sample
 from hm_reco.stages.demo import demo_lake
+from tests.faults import finish, start
 
 # a developer's own settings must not reach the tests
 for name in [name for name in os.environ if name.startswith(("HM_", "AWS_"))]:
@@ -91,3 +92,19 @@ def trained_lake() -> Lake:
 def lake(tmp_path: Path) -> Lake:
     """An empty lake."""
     return open_lake(str(tmp_path / "lake"))
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample world's three files, 500 customers."""
+    folder = tmp_path_factory.mktemp("small")
+    write_sample(folder, 500)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def undisturbed(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Lake:
+    """A lake after a whole run that nothing disturbed."""
+    lake = str(tmp_path_factory.mktemp("undisturbed") / "lake")
+    finish(start(lake, small_data))
+    return open_lake(lake)

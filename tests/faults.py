@@ -1,13 +1,28 @@
-"""A proxy before S3 that misbehaves: errors, cut connections, lost answers, long waits."""
+"""Disturbed runs of the whole pipeline, and a proxy before S3 that misbehaves."""
 
 import http.client
+import os
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import urlsplit
 
+import polars as pl
+import psutil
+
+from hm_reco.core.lake import STAGE_OF, Lake, has_table, open_lake, scan, table_names
+from runner.ledger import read_ledger
+
+HM = Path(sys.executable).with_name("hm")
+STAGES = ["ingestion", "processing", "eda", "training", "inference"]
+QUICK = ["evaluation_weeks=1", "training_weeks=2", "rounds=20"]
+ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 BUSY = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 BROKEN = b"<Error><Code>InternalError</Code><Message>We had a problem. Try again.</Message></Error>"
 FAULTS = ("503", "500", "cut", "lost answer", "slow")
@@ -80,3 +95,121 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format, *args) -> None:
         """Say nothing."""
+
+
+def start(lake: str, data: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
+    whole = "training" in words or not {*words} & {*STAGES}
+    parameters = [word for text in QUICK for word in ("-p", text)] if whole else []
+    command = [str(HM), "run", "--lake", lake, "--data", str(data), "--jobs", "1", *parameters]
+    return subprocess.Popen(
+        [*command, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **ENVIRONMENT, **environment},
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == code, output
+    return output
+
+
+def contents(lake: Lake) -> dict[str, pl.DataFrame]:
+    """What readers see of each table, without the names and times of runs."""
+    found = {}
+    now = open_lake(lake.root)
+    for name in table_names(now):
+        if name.startswith("runs/") or not has_table(now, name):
+            continue
+        rows = scan(now, name).collect()
+        rows = rows.drop("version", "created", "run_id", "tables", strict=False)
+        found[name] = rows.sort(rows.columns) if rows.height else rows
+    return found
+
+
+def assert_same(lake: Lake, other: Lake) -> None:
+    one, two = contents(lake), contents(other)
+    assert one.keys() == two.keys()
+    for name, rows in one.items():
+        assert rows.equals(two[name]), (name, rows.height, two[name].height)
+
+
+def wait_until(true: Callable[[], object], process: subprocess.Popen[str], what: str) -> None:
+    end = time.monotonic() + 120
+    while not true():
+        assert process.poll() is None, f"ended before {what}: {process.communicate()[0]}"
+        assert time.monotonic() < end, f"waited in vain for {what}"
+        time.sleep(0.1)
+
+
+def kernels(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in children if "ipykernel_launcher" in " ".join(child.cmdline())]
+
+
+def files_of(lake: Lake, stage: str) -> set[str]:
+    folders = [folder for folder, owner in STAGE_OF.items() if owner == stage]
+    return {str(path) for folder in folders for path in lake.path(folder).rglob("*.*")}
+
+
+def run_until_it_writes(lake: Lake, data: Path, stage: str) -> Iterator[subprocess.Popen[str]]:
+    """Start a run up to a stage, and go on once the stage's kernel has left its first file."""
+    before, begun = files_of(lake, stage), len(read_ledger(lake))
+    process = start(lake.root, data, *STAGES[: STAGES.index(stage) + 1])
+
+    def running() -> bool:
+        return any(e.stage == stage and e.state == "running" for e in read_ledger(lake)[begun:])
+
+    wait_until(running, process, f"{stage} to start")
+    wait_until(lambda: kernels(process), process, f"{stage}'s kernel")
+    if stage in STAGE_OF.values():
+        wait_until(lambda: files_of(lake, stage) - before, process, f"{stage} to write")
+    else:
+        time.sleep(1.5)
+    yield process
+
+
+def kill_at_each_stage(root: str, data: Path, undisturbed: Lake) -> None:
+    """Kill kernel and runner, one after the other, at each stage; then all is as if undisturbed."""
+    lake = open_lake(root)
+    for stage in STAGES:
+        before = contents(lake)
+        for process in run_until_it_writes(lake, data, stage):
+            [kernel] = kernels(process)
+            kernel.kill()
+            output = finish(process, 1)
+            assert f"stage {stage!r} killed: the kernel was killed by SIGKILL" in output
+        for process in run_until_it_writes(lake, data, stage):
+            [kernel] = kernels(process)
+            process.kill()
+            process.communicate()
+            psutil.wait_procs([kernel], timeout=20)
+            assert not kernel.is_running(), "a kernel goes on that nobody watches"
+        last = [e.state for e in read_ledger(lake) if e.stage == stage]
+        assert last == ["killed", "running"]  # nobody was left to enter more
+        own = [name for name, owner in STAGE_OF.items() if owner == stage]
+        seen = {n: rows for n, rows in contents(lake).items() if n.split("/")[0] in own}
+        assert seen.keys() == {n for n in before if n.split("/")[0] in own}  # invisible
+    finish(start(lake.root, data))
+    assert_same(lake, undisturbed)
+    states = {stage: [e.state for e in read_ledger(lake) if e.stage == stage] for stage in STAGES}
+    for stage in STAGES:
+        real = [state for state in states[stage] if state != "reused"]
+        assert real == ["killed", "lost", "succeeded"], (stage, states[stage])
+    assert not list(lake.path().rglob("*.part"))
+
+
+def run_two_at_once(root: str, data: Path, undisturbed: Lake) -> None:
+    """Start two runs; one waits, and finds nothing to do."""
+    both = [start(root, data) for _ in range(2)]
+    wait_until(lambda: any(kernels(process) for process in both), both[0], "a kernel")
+    refused = start(root, data, "--wait", "0")
+    assert "of this lake is in use by process" in finish(refused, 1)
+    outputs = [finish(process) for process in both]
+    assert sum("is in use by process" in output for output in outputs) == 1
+    assert sum("nothing to do" in output for output in outputs) == 1
+    lake = open_lake(root)
+    assert [entry.state for entry in read_ledger(lake)] == ["succeeded"] * 5
+    assert_same(lake, undisturbed)
