@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import re
 import subprocess
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -103,8 +104,9 @@ def code_of(entries: Sequence[Entry], board: Board) -> Iterator[Path]:
         return
     sha, _, changed = commit.partition("+")
     archive = ["git", "-C", str(here), "archive", "--format=tar", sha]
-    done = subprocess.run(archive, capture_output=True, check=False)
-    if done.returncode:
+    is_sha = re.fullmatch("[0-9a-f]{7,64}", sha)  # and no option of git's
+    done = subprocess.run(archive, capture_output=True, check=False) if is_sha else None
+    if done is None or done.returncode:
         board.say(f"warning: no commit {sha} here; repeating with the present code", "yellow")
         yield here
         return

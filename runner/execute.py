@@ -95,16 +95,17 @@ class Execution:
         self.vouched = read_vouched(lake)
 
     def end(self, cause: str) -> None:
-        """End what runs, and start nothing more."""
+        """Start nothing more; what runs is ended at the next turn. A signal may call this."""
         self.stop = Outcome("stopped", cause)
-        for _, watch in self.running.values():
-            watch.end(self.stop)
 
     def run(self, decide_for: Callable[[Job], Decision] = always) -> list[Entry]:
         """Run all jobs that have to; raises `StageError` at the end when some did not succeed."""
         with ThreadPoolExecutor(self.limit) as pool, _signals(self.end), self.board:
             while (self.waiting and not self.stop) or self.running:
                 self._start(pool, decide_for)
+                for _, watch in self.running.values():
+                    if self.stop:
+                        watch.end(self.stop)
                 done, _ = wait(self.running, timeout=0.2, return_when=FIRST_COMPLETED)
                 self.board.tick()
                 for future in done:
@@ -176,14 +177,10 @@ class Execution:
             self._page(job.run_id)
 
     def _note(self, job: Job) -> dict[str, Any]:
-        """What it takes to repeat the run: the stages, and the tables as they were before it."""
-        stages = [j.stage.name for j in self.waiting if j.run_id == job.run_id]
-        stages += [job.stage.name, *(e.stage for e in self.ended if e.run_id == job.run_id)]
+        """What it takes to repeat the run: its code, and the tables as they were before it."""
         started = datetime.now(UTC).isoformat(timespec="seconds")
-        return {"run_id": job.run_id, "started": started, "stages": stages} | {
-            "commit": git_commit(job.root),
-            "vouched": self.vouched,
-        }
+        commit = git_commit(job.root)
+        return {"run_id": job.run_id, "started": started, "commit": commit, "vouched": self.vouched}
 
     def _finish(self) -> None:
         if not self.noted:

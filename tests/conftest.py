@@ -108,3 +108,15 @@ def undisturbed(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> L
     lake = str(tmp_path_factory.mktemp("undisturbed") / "lake")
     finish(start(lake, small_data))
     return open_lake(lake)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 40 MB; skips where none may be mounted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(disk)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)

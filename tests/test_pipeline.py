@@ -171,6 +171,10 @@ def test_a_run_repeats_exactly_from_the_tables_it_saw(folder_lake, sample):
     assert [row["stage"] for row in rows if row["agree"]] == STAGES
     lost = run("repeat", "20200101-000000-0000", "--lake", folder_lake.root)
     assert lost.exit_code == 1 and "no such run" in lost.output
+    words = ["--lake", folder_lake.root, "--into", folder_lake.root]
+    onto = run("repeat", run_id, *words)
+    assert onto.exit_code == 1 and "expected nothing there" in " ".join(onto.output.split())
+    assert not folder_lake.path("runs", "branch.json").exists()
 
 
 def test_a_sweep_compares_and_changes_no_champion(folder_lake):

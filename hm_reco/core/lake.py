@@ -125,13 +125,18 @@ def vouch(lake: Lake, stage: str, tables: Mapping[str, int]) -> None:
     put_file(lake.path(CURRENT, f"{stage}.json"), json.dumps(dict(tables), indent=2))
     lake.vouched[stage] = dict(tables)
 
-# %% ../../nbs/core/01_lake.ipynb #7c0a10e5
+# %% ../../nbs/core/01_lake.ipynb #0fe50242
 BRANCH = "runs/branch.json"
 
 
 def branch(lake: Lake, root: str, vouched: Mapping[str, Mapping[str, int]]) -> Lake:
-    """Make an empty lake at `root` that shows `lake`'s tables at the versions `vouched`."""
+    """Make an empty lake at `root` that shows `lake`'s tables at the versions `vouched`.
+
+    Raises `ValueError` when something lies there already.
+    """
     new = open_lake(root)
+    if next(iter(new.path().glob("*")), None) is not None:
+        raise ValueError(f"lake {root!r}: expected nothing there, a branch starts empty")
     put_file(new.path(BRANCH), json.dumps({"base": lake.root, "vouched": vouched}, indent=2))
     return new
 

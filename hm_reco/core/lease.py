@@ -70,77 +70,94 @@ class FileLease:
         """Unlock."""
         self.lock.release()
 
-# %% ../../nbs/core/07_lease.ipynb #1458f83e
+# %% ../../nbs/core/07_lease.ipynb #1b540cc9
+class _Object:
+    """A JSON object on S3 that is changed only when it is as last seen."""
+
+    def __init__(self, lake: Lake, name: str) -> None:
+        assert lake.client is not None
+        bucket, _, prefix = lake.root.removeprefix("s3://").partition("/")
+        self.client = lake.client.client
+        self.at = {"Bucket": bucket, "Key": f"{prefix}/{LEASES}/{name}.json"}
+
+    def look(self) -> tuple[dict[str, Any], str]:
+        """Content and tag; both are empty when it is not there."""
+        try:
+            answer = self.client.get_object(**self.at)
+        except self.client.exceptions.NoSuchKey:
+            return {}, ""
+        return json.loads(answer["Body"].read()), answer["ETag"]
+
+    def put(self, content: dict[str, Any], tag: str) -> str:
+        """Its new tag, or nothing when it is not as `tag` says (empty: not there)."""
+        condition = {"IfMatch": tag} if tag else {"IfNoneMatch": "*"}
+        try:
+            answer = self.client.put_object(**self.at, Body=json.dumps(content), **condition)
+        except ClientError as err:
+            if err.response["ResponseMetadata"]["HTTPStatusCode"] not in (404, 409, 412):
+                raise
+            return ""
+        return answer["ETag"]
+
+    def remove(self) -> None:
+        self.client.delete_object(**self.at)
+
+# %% ../../nbs/core/07_lease.ipynb #9e510e65
 class S3Lease:
     """An object that its holder renews until it ends."""
 
     def __init__(self, lake: Lake, name: str, lost: Callable[[], None]) -> None:
         """Nothing is taken yet; `lost` is called should it be taken away."""
-        assert lake.client is not None
-        bucket, _, prefix = lake.root.removeprefix("s3://").partition("/")
-        self.client = lake.client.client
-        self.object = {"Bucket": bucket, "Key": f"{prefix}/{LEASES}/{name}.json"}
-        self.lost, self.mark, self.ended = lost, uuid4().hex, threading.Event()
-        self.tag, self.seen, self.since = "", "", time.monotonic()
+        self.object, self.mark, self.tag = _Object(lake, name), uuid4().hex, ""
+        self.seen, self.since = "", time.monotonic()
+        self.lost, self.ended = lost, threading.Event()
 
     def take(self) -> bool:
         """Try once; an object that nobody renews is taken over."""
-        found, tag = self._look()
+        found, tag = self.object.look()
         if tag != self.seen:
             self.seen, self.since = tag, time.monotonic()
         stale = _is_dead(found) or time.monotonic() - self.since > STALE_SECONDS
-        if tag and found.get("mark") != self.mark and not stale:
+        if (tag and found.get("mark") != self.mark and not stale) or not self.renew(tag):
             return False
-        if not self._put({"IfMatch": tag} if tag else {"IfNoneMatch": "*"}):
-            return False
-        threading.Thread(target=self._renew, daemon=True).start()
+        threading.Thread(target=_keep, args=(self,), daemon=True).start()
         return True
+
+    def renew(self, tag: str) -> bool:
+        """Write the object anew, if it is as `tag` says."""
+        body = {"host": os.uname().nodename, "process": os.getpid(), "mark": self.mark}
+        self.tag = self.object.put(body | {"renewal": uuid4().hex}, tag)
+        return bool(self.tag)
+
+    def is_ours(self) -> bool:
+        """Does the object carry our mark?"""
+        found, self.tag = self.object.look()
+        return found.get("mark") == self.mark
 
     def holder(self) -> str:
         """Process and machine."""
-        found, _ = self._look()
+        found, _ = self.object.look()
         return f"process {found.get('process')} on {found.get('host')}"
 
     def release(self) -> None:
         """Remove the object, if it is still ours."""
         self.ended.set()
-        if self._is_ours():
-            self.client.delete_object(**self.object)
+        if self.is_ours():
+            self.object.remove()
 
-    def _look(self) -> tuple[dict[str, Any], str]:
+# %% ../../nbs/core/07_lease.ipynb #74b4de5d
+def _keep(lease: S3Lease) -> None:
+    """Renew a lease until it ends, or is lost."""
+    renewed = time.monotonic()
+    while not lease.ended.wait(RENEW_SECONDS):
         try:
-            answer = self.client.get_object(**self.object)
-        except self.client.exceptions.NoSuchKey:
-            return {}, ""
-        return json.loads(answer["Body"].read()), answer["ETag"]
-
-    def _put(self, condition: dict[str, str]) -> bool:
-        body = {"host": os.uname().nodename, "process": os.getpid(), "mark": self.mark}
-        body["renewal"] = uuid4().hex
-        try:
-            answer = self.client.put_object(**self.object, Body=json.dumps(body), **condition)
-        except ClientError as err:
-            if err.response["ResponseMetadata"]["HTTPStatusCode"] not in (404, 409, 412):
-                raise
-            return False
-        self.tag = answer["ETag"]
-        return True
-
-    def _renew(self) -> None:
-        renewed = time.monotonic()
-        while not self.ended.wait(RENEW_SECONDS):
-            try:
-                kept = self._put({"IfMatch": self.tag}) or self._is_ours()
-                renewed = time.monotonic() if kept else renewed
-            except (BotoCoreError, ClientError):
-                kept = time.monotonic() - renewed < STALE_SECONDS
-            if not kept and not self.ended.is_set():
-                self.lost()
-                return
-
-    def _is_ours(self) -> bool:
-        found, self.tag = self._look()
-        return found.get("mark") == self.mark
+            kept = lease.renew(lease.tag) or lease.is_ours()
+            renewed = time.monotonic() if kept else renewed
+        except (BotoCoreError, ClientError):
+            kept = time.monotonic() - renewed < STALE_SECONDS
+        if not kept and not lease.ended.is_set():
+            return lease.lost()
+    return None
 
 # %% ../../nbs/core/07_lease.ipynb #d01392a8
 def _is_dead(found: dict[str, Any]) -> bool:

@@ -120,37 +120,29 @@ def _batches(table: str, path: Path) -> Iterator[pl.DataFrame]:
     else:
         yield frame.collect()
 
-# %% ../../nbs/stages/10_ingestion.ipynb #7219389b
+# %% ../../nbs/stages/10_ingestion.ipynb #c6e1226e
 @dataclass
 class Check:
     """Rows on their way through the rules: counts, and what was set aside."""
 
-    lake: Lake
     table: str
     accept_new: bool
     max_aside: float  # share of rows
+    keys: tuple[pl.DataFrame, ...] = ()  # known articles and customers, for a table that has them
     rows: int = 0
     kept: int = 0
-    keys: tuple[pl.DataFrame, ...] = ()
     aside: list[pl.DataFrame] = field(default_factory=list)
 
     def split(self, batch: pl.DataFrame) -> pl.DataFrame:
         """The good rows of a batch; the others go to `aside`."""
         typed = read_as(self.table, batch.lazy(), self.rows + 1, self.accept_new).collect()
         checked = check(self.table, typed.lazy())
-        if self.table == "transactions":
-            checked = check_keys(checked, *(key.lazy() for key in self._known()))
+        if self.keys:
+            checked = check_keys(checked, *(key.lazy() for key in self.keys))
         good, bad = pl.collect_all([checked.good.drop("row"), checked.bad])
         self.rows, self.kept = self.rows + batch.height, self.kept + good.height
         self.aside.append(bad)
         return good
-
-    def _known(self) -> tuple[pl.DataFrame, ...]:
-        """The keys of the articles and customers that were committed."""
-        if not self.keys:
-            names = (("raw/articles", "article_id"), ("raw/customers", "customer_id"))
-            self.keys = tuple(scan(self.lake, name).select(key).collect() for name, key in names)
-        return self.keys
 
     def good(self, batches: Iterator[pl.DataFrame]) -> Iterator[pl.DataFrame]:
         """The good rows of all batches. Raises `ValueError` when too many are not."""
@@ -162,7 +154,13 @@ class Check:
             share = f"{bad} of {self.rows} rows, more than max_set_aside={self.max_aside:g}"
             raise ValueError(f"{share}, break rules: {dict(rules)}; nothing was committed")
 
-# %% ../../nbs/stages/10_ingestion.ipynb #5cf3320b
+# %% ../../nbs/stages/10_ingestion.ipynb #34debc40
+def _known(lake: Lake) -> tuple[pl.DataFrame, ...]:
+    """The keys of the articles and customers that were committed."""
+    names = (("raw/articles", "article_id"), ("raw/customers", "customer_id"))
+    return tuple(scan(lake, name).select(key).collect() for name, key in names)
+
+# %% ../../nbs/stages/10_ingestion.ipynb #5232986b
 def ingest_table(
     lake: Lake, table: str, path: Path, accept_new: bool = False, max_aside: float = 1.0
 ) -> Ingested:
@@ -171,7 +169,8 @@ def ingest_table(
     Raises `ValueError` naming a file that can't be read, has columns too few or too many, or in
     which more than the share `max_aside` of the rows breaks a rule.
     """
-    way = Check(lake, table, accept_new, max_aside)
+    keys = _known(lake) if table == "transactions" else ()
+    way = Check(table, accept_new, max_aside, keys)
     try:
         version = write_batches(lake, f"raw/{table}", way.good(_batches(table, path)))
     except (pl.exceptions.PolarsError, ValueError) as err:
