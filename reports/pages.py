@@ -18,7 +18,7 @@ BANNER_TAG = "papermill-error-cell-tag"
 
 
 class Entry(Protocol):
-    """What the pages need of a stage of a run; see `runner.ledger.Entry`."""
+    """What the pages need of a stage of a run; see `hm_reco.core.ledger.Entry`."""
 
     run_id: str
     stage: str

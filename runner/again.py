@@ -15,11 +15,11 @@ from typing import Any
 import yaml
 
 from hm_reco.core.lake import Lake, branch, fingerprint, stage_of
+from hm_reco.core.ledger import Entry, read_ledger
 from runner.board import Board
 from runner.cache import key_of
 from runner.execute import Execution
 from runner.graph import Stage, load_pipeline, project_root, read_yaml
-from runner.ledger import Entry, read_ledger
 from runner.parameters import ParameterError, Resolved, is_list, model_of, resolve
 from runner.stage import Job
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hm_reco.core.lake import Lake, fingerprint
+from hm_reco.core.ledger import Entry
 from runner.graph import Stage, project_root
-from runner.ledger import Entry
 
 PACKAGE = Path(getfile(Lake)).parents[1]  # hm_reco, wherever it is installed
 NOT_PART = ("lake", "run_id")  # parameters that say where, not what

@@ -13,10 +13,10 @@ from typing import Any
 
 import psutil
 
-from hm_reco.core.lake import Lake, read_vouched, take_back
+from hm_reco.core.lake import Lake, read_vouched, take_back, write_json
+from hm_reco.core.ledger import Entry, Outcome, enter, git_commit, read_ledger
 from runner.board import Board
 from runner.cache import Decision, decide, key_of
-from runner.ledger import Entry, Outcome, enter, git_commit, read_ledger, write_json
 from runner.render import render_index, render_run
 from runner.stage import TEMPORARY, Job, load_ballast, run_stage
 from runner.watch import Watch
@@ -36,7 +36,8 @@ class StageError(RuntimeError):
             if e.state not in GOOD
         ]
         super().__init__("\n".join(notes) or f"the run was stopped: {stop.cause if stop else ''}")
-        self.ended, self.stopped = list(ended), stop is not None
+        self.ended = list(ended)
+        self.exit_code = 128 + signal.SIGTERM if stop else 1
 
 
 def _sweep_temporary() -> None:

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hm_reco.core.lake import Lake, put_file
+from hm_reco.core.ledger import Entry, read_ledger
 from reports.pages import index_page, run_page, sweep_page
 from runner.graph import load_pipeline
-from runner.ledger import Entry, read_ledger
 
 
 def render_run(lake: Lake, run_id: str, entries: Sequence[Entry] | None = None) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 
 import nbformat
 
-from hm_reco.core.lake import Lake, put_file, read_manifest
+from hm_reco.core.lake import Lake, put_file, read_manifest, write_json
+from hm_reco.core.ledger import Entry, Outcome, enter, git_commit
 from reports.pages import add_banner, notebook_page
 from runner.board import Board
 from runner.graph import Stage, project_root
-from runner.ledger import Entry, Outcome, enter, git_commit, write_json
 from runner.parameters import Resolved
 from runner.watch import Watch, watching
 

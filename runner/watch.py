@@ -11,7 +11,7 @@ from subprocess import Popen
 
 import psutil
 
-from runner.ledger import Outcome
+from hm_reco.core.ledger import Outcome
 
 SAMPLE_SECONDS = 0.1
 

@@ -17,7 +17,7 @@ import polars as pl
 import psutil
 
 from hm_reco.core.lake import STAGE_OF, Lake, has_table, open_lake, scan, table_names
-from runner.ledger import read_ledger
+from hm_reco.core.ledger import read_ledger
 
 HM = Path(sys.executable).with_name("hm")
 STAGES = ["ingestion", "processing", "eda", "training", "inference"]

@@ -8,7 +8,7 @@ import signal
 import psutil
 
 from hm_reco.core.lake import open_lake
-from runner.ledger import read_ledger
+from hm_reco.core.ledger import read_ledger
 from tests.faults import (
     assert_same,
     contents,

@@ -6,7 +6,7 @@ After each: run again, and the tables are those of a run that nobody disturbed.
 import os
 
 from hm_reco.core.lake import open_lake
-from runner.ledger import read_ledger
+from hm_reco.core.ledger import read_ledger
 from tests.faults import (
     STAGES,
     FaultyProxy,

@@ -12,10 +12,10 @@ import pytest
 from typer.testing import CliRunner
 
 from hm_reco.core.lake import Lake, open_lake, scan, table_version
+from hm_reco.core.ledger import read_ledger
 from hm_reco.stages.ingestion import ingest
 from hm_reco.stages.processing import process
 from runner.cli import app
-from runner.ledger import read_ledger
 
 QUICK = ["evaluation_weeks=1", "training_weeks=4", "rounds=60", "as_of=2020-09-16"]
 OPTIONS = [text for assignment in QUICK for text in ("-p", assignment)]

@@ -12,12 +12,12 @@ import pytest
 from rich.console import Console
 
 from hm_reco.core.lake import Lake, open_lake, read_vouched
+from hm_reco.core.ledger import Entry, enter, read_ledger
 from runner.again import code_of
 from runner.board import Board
 from runner.cache import decide, key_of
 from runner.execute import StageError, run_jobs
 from runner.graph import load_pipeline, project_root
-from runner.ledger import Entry, enter, read_ledger
 from tests.toys import MANIFEST, job, run_toys, toy
 
 CGROUP = Path("/sys/fs/cgroup/memory")

@@ -8,10 +8,10 @@ import nbformat
 from rich.console import Console
 
 from hm_reco.core.lake import Lake
+from hm_reco.core.ledger import Entry, new_run_id
 from runner.board import Board
 from runner.execute import StageError, run_jobs
 from runner.graph import Stage
-from runner.ledger import Entry, new_run_id
 from runner.parameters import resolve
 from runner.stage import Job
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LakePath', 'CURRENT', 'STAGE_OF', 'BRANCH', 'PROPERTIES', 'Lake', 'open_lake', 'stage_of', 'read_vouched', 'vouch',
            'branch', 'find_file', 'MissingTableError', 'has_table', 'open_table', 'table_version', 'scan', 'write',
-           'write_batches', 'append', 'put_file', 'fingerprint', 'write_manifest', 'read_manifest', 'read_and_written',
-           'table_names', 'take_back']
+           'write_batches', 'append', 'put_file', 'write_json', 'fingerprint', 'write_manifest', 'read_manifest',
+           'read_and_written', 'table_names', 'take_back']
 
 # %% ../../nbs/core/01_lake.ipynb #9e7351c8
 import json
@@ -119,13 +119,13 @@ def read_vouched(lake: Lake) -> dict[str, dict[str, int]]:
     bodies = [s3.get_object(Bucket=bucket, Key=name)["Body"].read() for name in names]
     return {Path(n).stem: json.loads(body) for n, body in zip(names, bodies, strict=True)}
 
-# %% ../../nbs/core/01_lake.ipynb #8b12027e
+# %% ../../nbs/core/01_lake.ipynb #e1a0df34
 def vouch(lake: Lake, stage: str, tables: Mapping[str, int]) -> None:
     """Let readers see these versions of a stage's tables, all at once, and no others."""
-    put_file(lake.path(CURRENT, f"{stage}.json"), json.dumps(dict(tables), indent=2))
+    write_json(lake.path(CURRENT, f"{stage}.json"), dict(tables))
     lake.vouched[stage] = dict(tables)
 
-# %% ../../nbs/core/01_lake.ipynb #0fe50242
+# %% ../../nbs/core/01_lake.ipynb #df304079
 BRANCH = "runs/branch.json"
 
 
@@ -137,7 +137,7 @@ def branch(lake: Lake, root: str, vouched: Mapping[str, Mapping[str, int]]) -> L
     new = open_lake(root)
     if next(iter(new.path().glob("*")), None) is not None:
         raise ValueError(f"lake {root!r}: expected nothing there, a branch starts empty")
-    put_file(new.path(BRANCH), json.dumps({"base": lake.root, "vouched": vouched}, indent=2))
+    write_json(new.path(BRANCH), {"base": lake.root, "vouched": vouched})
     return new
 
 
@@ -325,6 +325,11 @@ def put_file(path: LakePath, content: bytes | str) -> LakePath:
         part.unlink(missing_ok=True)
     return path
 
+# %% ../../nbs/core/01_lake.ipynb #e202db19
+def write_json(path: LakePath, content: Any) -> LakePath:
+    """Write a JSON file; raises `TypeError` for what JSON has no word for, such as a date."""
+    return put_file(path, json.dumps(content, indent=2))
+
 # %% ../../nbs/core/01_lake.ipynb #7b4fad74
 def fingerprint(source: str) -> str:
     """A short text that changes when a file, a folder or an S3 prefix does; nothing is read.
@@ -349,7 +354,7 @@ def _objects(prefix: Lake) -> list[str]:
     )
     return [f"{o['Key']} {o['ETag']}" for page in pages for o in page.get("Contents", [])]
 
-# %% ../../nbs/core/01_lake.ipynb #649f66a2
+# %% ../../nbs/core/01_lake.ipynb #2807ebd9
 def write_manifest(
     lake: Lake,
     run_id: str,
@@ -366,7 +371,7 @@ def write_manifest(
     """
     manifest = {"run_id": run_id, "stage": stage, "sources": dict(sources or {})}
     manifest |= {"inputs": dict(inputs), "outputs": dict(outputs), "metrics": dict(metrics)}
-    put_file(lake.path("runs", run_id, f"{stage}.json"), json.dumps(manifest, indent=2))
+    write_json(lake.path("runs", run_id, f"{stage}.json"), manifest)
     vouch(lake, stage, read_vouched(lake).get(stage, {}) | dict(outputs))
     return manifest
 
