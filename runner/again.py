@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from hm_reco.core.lake import Lake, branch, fingerprint, stage_of
+from hm_reco.core.lake import Lake, branch, stage_of
+from hm_reco.core.sources import fingerprint
 from hm_reco.core.ledger import Entry, read_ledger
 from runner.board import Board
 from runner.cache import key_of

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hm_reco.core.code import code_key, short_hash
-from hm_reco.core.lake import fingerprint
+from hm_reco.core.sources import fingerprint
 from hm_reco.core.ledger import Entry
 from runner.graph import Stage, project_root
 

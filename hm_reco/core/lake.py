@@ -5,17 +5,16 @@
 # %% auto #0
 __all__ = ['LakePath', 'CURRENT', 'STAGE_OF', 'BRANCH', 'PROPERTIES', 'Lake', 'open_lake', 'stage_of', 'read_vouched', 'vouch',
            'branch', 'find_file', 'MissingTableError', 'has_table', 'open_table', 'table_version', 'scan', 'write',
-           'write_batches', 'append', 'put_file', 'write_json', 'fingerprint', 'write_manifest', 'read_manifest',
+           'write_batches', 'append', 'remove_rows', 'put_file', 'write_json', 'write_manifest', 'read_manifest',
            'read_and_written', 'table_names', 'take_back']
 
-# %% ../../nbs/core/01_lake.ipynb #9e7351c8
+# %% ../../nbs/core/01_lake.ipynb #f58ddfce
 import json
 import mimetypes
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 from queue import Full, Queue
 from typing import TYPE_CHECKING, Any
@@ -207,20 +206,23 @@ def scan(lake: Lake, name: str, version: int | None = None) -> pl.LazyFrame:
     """A table as a lazy frame, at `version` (default: the visible one)."""
     return pl.scan_delta(open_table(lake, name, version))
 
-# %% ../../nbs/core/01_lake.ipynb #1dc7836e
+# %% ../../nbs/core/01_lake.ipynb #479dd6fc
 # a model may refer to a version for years; the log that tells its files is not cut
 PROPERTIES: Mapping[str, str | None] = {"delta.enableExpiredLogCleanup": "false"}
 
 
 def write(
-    lake: Lake, name: str, frame: pl.LazyFrame | pl.DataFrame, partition_by: Sequence[str] = ()
+    lake: Lake,
+    name: str,
+    frame: pl.LazyFrame | pl.DataFrame,
+    partition_by: Sequence[str] = (),
+    only: str | None = None,
 ) -> int:
-    """Replace a table in one commit; returns its version. A lazy frame is streamed to disk."""
-    options = {
-        "partition_by": list(partition_by) or None,
-        "schema_mode": "overwrite",
-        "configuration": PROPERTIES,
-    }
+    """Replace a table in one commit; returns its version. A lazy frame is streamed to disk.
+
+    With `only`, an SQL condition on the columns of `partition_by`, rows that do not fulfil it stay.
+    """
+    options = _replacing(partition_by, only)
     frame.lazy().sink_delta(
         lake.uri(name),
         mode="overwrite",
@@ -229,9 +231,21 @@ def write(
     )
     return _written(lake, name)
 
-# %% ../../nbs/core/01_lake.ipynb #013c516e
-def write_batches(lake: Lake, name: str, batches: Iterable[pl.DataFrame]) -> int:
-    """Replace a table by the rows of all batches (at least one), in one commit; its version.
+# %% ../../nbs/core/01_lake.ipynb #313ea826
+def _replacing(partition_by: Sequence[str], only: str | None) -> dict[str, Any]:
+    """Options of deltalake's writer, to replace all of a table or some of its partitions."""
+    options = {"partition_by": list(partition_by) or None, "configuration": PROPERTIES}
+    return options | ({"predicate": only} if only else {"schema_mode": "overwrite"})
+
+# %% ../../nbs/core/01_lake.ipynb #131e07ad
+def write_batches(
+    lake: Lake,
+    name: str,
+    batches: Iterable[pl.DataFrame],
+    partition_by: Sequence[str] = (),
+    only: str | None = None,
+) -> int:
+    """Replace a table by the rows of all batches (at least one), in one commit, as `write` does.
 
     An error that `batches` raises is raised here, and nothing is committed. The next batch is made
     while the last one is written.
@@ -242,13 +256,13 @@ def write_batches(lake: Lake, name: str, batches: Iterable[pl.DataFrame]) -> int
     rows = RecordBatchReader.from_batches(Table.from_arrow(first).schema, _arrow(first, todo))
     with ThreadPoolExecutor(1) as pool:
         writing = pool.submit(
-            write_deltalake,
-            lake.uri(name),
-            rows,
-            mode="overwrite",
-            schema_mode="overwrite",
-            configuration=PROPERTIES,
-            storage_options=lake.options or None,
+            lambda: write_deltalake(
+                lake.uri(name),
+                rows,
+                mode="overwrite",
+                storage_options=lake.options or None,
+                **_replacing(partition_by, only),
+            )
         )
         try:
             for batch in made:
@@ -309,6 +323,12 @@ def _written(lake: Lake, name: str) -> int:
         lake.vouched[stage][name] = version
     return version
 
+# %% ../../nbs/core/01_lake.ipynb #29abb20c
+def remove_rows(lake: Lake, name: str, only: str) -> int:
+    """Remove the rows that fulfil an SQL condition; returns the table's version."""
+    _newest(lake, name).delete(only)
+    return _written(lake, name)
+
 # %% ../../nbs/core/01_lake.ipynb #cc76cb48
 def put_file(path: LakePath, content: bytes | str) -> LakePath:
     """Write a whole file at once, making the folders above it; returns its path."""
@@ -330,31 +350,7 @@ def write_json(path: LakePath, content: Any) -> LakePath:
     """Write a JSON file; raises `TypeError` for what JSON has no word for, such as a date."""
     return put_file(path, json.dumps(content, indent=2))
 
-# %% ../../nbs/core/01_lake.ipynb #7b4fad74
-def fingerprint(source: str) -> str:
-    """A short text that changes when a file, a folder or an S3 prefix does; nothing is read.
-
-    Made of names, sizes and times of change, on S3 of the objects' ETags.
-    """
-    if source.startswith("s3://"):
-        parts = _objects(open_lake(source))
-    else:
-        path = Path(source)
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
-        stats = [(f.name, f.stat()) for f in files if f.exists()]
-        parts = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats]
-    return sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-# %% ../../nbs/core/01_lake.ipynb #ba6fafc7
-def _objects(prefix: Lake) -> list[str]:
-    assert prefix.client is not None
-    bucket, _, key = prefix.root.removeprefix("s3://").partition("/")
-    pages = prefix.client.client.get_paginator("list_objects_v2").paginate(
-        Bucket=bucket, Prefix=f"{key}/", Delimiter="/"
-    )
-    return [f"{o['Key']} {o['ETag']}" for page in pages for o in page.get("Contents", [])]
-
-# %% ../../nbs/core/01_lake.ipynb #2807ebd9
+# %% ../../nbs/core/01_lake.ipynb #e5aba065
 def write_manifest(
     lake: Lake,
     run_id: str,
@@ -367,7 +363,7 @@ def write_manifest(
     """Write `runs/<run_id>/<stage>.json`, vouch for its outputs, and return its content.
 
     `inputs` and `outputs` map table names to versions, `sources` places outside of the lake to
-    their `fingerprint`; `metrics` holds plain JSON values.
+    their fingerprints (`hm_reco.core.sources`); `metrics` holds plain JSON values.
     """
     manifest = {"run_id": run_id, "stage": stage, "sources": dict(sources or {})}
     manifest |= {"inputs": dict(inputs), "outputs": dict(outputs), "metrics": dict(metrics)}
