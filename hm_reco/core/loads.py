@@ -44,7 +44,7 @@ class Load:
     profile: dict[str, Any] = field(default_factory=dict)  # by column, see `core.drift`
     notes: str = ""
 
-# %% ../../nbs/core/15_loads.ipynb #45464545
+# %% ../../nbs/core/15_loads.ipynb #4bc40732
 def enter_loads(lake: Lake, loads: Iterable[Load]) -> int:
     """Append to the load ledger (at least one row); returns its version."""
     return append(lake, LOADS, as_frame(list(loads)), extend=True)
@@ -54,7 +54,7 @@ def read_loads(lake: Lake) -> list[Load]:
     """All that was ever loaded, oldest first."""
     if not has_table(lake, LOADS):
         return []
-    return as_rows(Load, scan(lake, LOADS).sort("number", "at", maintain_order=True).collect())
+    return as_rows(Load, scan(lake, LOADS).sort("at", maintain_order=True).collect())
 
 
 def current_loads(loads: Iterable[Load]) -> dict[str, Load]:
@@ -67,11 +67,11 @@ def last_read(loads: Iterable[Load]) -> dict[str, datetime]:
     """When each source was last read."""
     return {load.source: load.at for load in loads if load.state != "removed"}
 
-# %% ../../nbs/core/15_loads.ipynb #c06d93aa
+# %% ../../nbs/core/15_loads.ipynb #67055ff6
 def newest(lake: Lake, table: str) -> pl.LazyFrame:
     """The rows of `raw/articles` or `raw/customers`, each key once."""
     rows, key = scan(lake, f"raw/{table}"), KEYS[table]
     several = rows.select(pl.col("part").n_unique() > 1).collect().item()
     if several:
         rows = rows.sort("load", "part").unique(key, keep="last")
-    return rows.drop("part", "load")
+    return rows.drop("part", "load", strict=False)

@@ -6,7 +6,8 @@
 __all__ = ['Table', 'TABLES', 'PASSWORD', 'MAX_BYTES', 'SUFFIXES', 'Source', 'declare', 'Item', 'items', 'suffix_of', 'table_of',
            'Part', 'parts', 'read_file', 'fingerprint', 'is_due']
 
-# %% ../../nbs/core/13_sources.ipynb #91fd29bb
+# %% ../../nbs/core/13_sources.ipynb #3f952cd5
+import csv
 import os
 import re
 import zipfile
@@ -200,7 +201,7 @@ def _delta(place: str) -> list[Item]:
     stamp = f"{table.metadata().id} {table.version()}"
     return [Item(PurePosixPath(place).name, stamp, bring)]
 
-# %% ../../nbs/core/13_sources.ipynb #99cbc20f
+# %% ../../nbs/core/13_sources.ipynb #afbbffb5
 def _sql(source: Source) -> list[Item]:
     tables = [source.table] if source.table else list(source.queries or TABLES)
     queries = {t: source.queries.get(t, f"SELECT * FROM {t}") for t in tables}
@@ -209,19 +210,20 @@ def _sql(source: Source) -> list[Item]:
 
 def _query(source: Source, query: str, folder: Path) -> Path:
     """The rows of a query as a csv file."""
-    from sqlalchemy import create_engine, make_url
+    from sqlalchemy import create_engine, make_url, text
     from sqlalchemy.exc import SQLAlchemyError
 
     url = make_url(source.place)
     url = url.set(password=_secret(source)) if source.secret else url
-    path, flags = folder / f"{uuid4().hex}.csv", pl.selectors.boolean().cast(pl.Int8)
+    path = folder / f"{uuid4().hex}.csv"
     engine = create_engine(url)
     try:
-        with engine.connect() as connection, path.open("wb") as out:
-            stream = connection.execution_options(stream_results=True)
-            batches = pl.read_database(query, stream, iter_batches=True, batch_size=100_000)
-            for batch in batches:
-                batch.with_columns(flags).write_csv(out, include_header=out.tell() == 0)
+        with engine.connect() as connection, path.open("w", encoding="utf-8", newline="") as out:
+            rows = connection.execution_options(stream_results=True).execute(text(query))
+            table = csv.writer(out)
+            table.writerow(rows.keys())
+            for batch in rows.partitions(10_000):
+                table.writerows(batch)
     except SQLAlchemyError as err:
         raise ValueError(str(getattr(err, "orig", None) or err)) from None
     finally:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BATCH_ROWS', 'PROFILED', 'WAITING', 'Check', 'split', 'look', 'good_rows', 'Loading', 'load_part', 'commit_rows',
-           'previous', 'admit', 'dismiss', 'withdraw', 'start', 'ingest', 'settle', 'drift_of', 'examples']
+           'previous', 'admit', 'vanished', 'dismiss', 'withdraw', 'start', 'ingest', 'settle', 'drift_of', 'examples']
 
 # %% ../../nbs/stages/10_ingestion.ipynb #e2911a35
 import hashlib
@@ -23,6 +23,7 @@ from ..core.drift import profile, psi, verdict
 from hm_reco.core.lake import (
     Lake,
     append,
+    has_table,
     open_lake,
     remove_rows,
     scan,
@@ -57,16 +58,16 @@ class Check:
     days: set[str] = field(default_factory=set)  # the first and the last
     counts: dict[str, pl.DataFrame] = field(default_factory=dict)
 
-# %% ../../nbs/stages/10_ingestion.ipynb #e81529c1
+# %% ../../nbs/stages/10_ingestion.ipynb #4983c395
 def split(way: Check, batch: pl.DataFrame) -> pl.DataFrame:
     """The good rows of a batch; the others become a file in `way.folder`."""
     typed = read_as(way.table, batch, way.rows + 1, way.accept_new)
     checked = check_keys(check(way.table, typed), *way.keys)
     good, bad = checked.good.drop("row"), checked.bad
-    way.rows, way.kept = way.rows + batch.height, way.kept + good.height
-    if not bad.is_empty() or not way.broken:
+    if not bad.is_empty() or way.rows == 0:
         bad.write_parquet(way.folder / f"aside-{way.rows}.parquet")
         way.broken.update(dict(bad["rule"].value_counts().rows()))
+    way.rows, way.kept = way.rows + batch.height, way.kept + good.height
     look(way, good)
     return good
 
@@ -82,12 +83,13 @@ def look(way: Check, good: pl.DataFrame) -> None:
         days = {*way.days, str(good["t_dat"].min()), str(good["t_dat"].max())}
         way.days = {min(days), max(days)}
 
-# %% ../../nbs/stages/10_ingestion.ipynb #5b2a75bc
+# %% ../../nbs/stages/10_ingestion.ipynb #18ddca90
 def _batches(table: str, frame: pl.LazyFrame) -> Iterator[pl.DataFrame]:
     """A file's rows as they are; those of a table whose keys must differ, all at once."""
     if table in KEYS:
         yield frame.collect()
     else:
+        yield frame.head(0).collect()  # a file may have no rows
         yield from frame.collect_batches(chunk_size=BATCH_ROWS, maintain_order=True)
 
 
@@ -101,7 +103,7 @@ def good_rows(way: Check, frame: pl.LazyFrame, max_aside: float) -> Iterator[pl.
         most = dict(way.broken.most_common(3))
         raise ValueError(f"{share}, break rules: {most}; nothing was committed")
 
-# %% ../../nbs/stages/10_ingestion.ipynb #76f19288
+# %% ../../nbs/stages/10_ingestion.ipynb #4a149dbf
 def _some(keys: Iterable[str]) -> str:
     """The SQL condition for some parts."""
     return f"part IN ({', '.join(repr(key) for key in sorted(set(keys)))})"
@@ -118,6 +120,7 @@ class Loading:
     number: int = 0  # of the last load
     history: list[Load] = field(default_factory=list)
     current: dict[str, Load] = field(default_factory=dict)
+    versions: dict[str, int] = field(default_factory=dict)  # of the tables, when the run began
     contract: str = field(default_factory=lambda: library_key("hm_reco.core.contracts"))
 
     def entry(self, part: Part) -> Load:
@@ -126,6 +129,11 @@ class Loading:
         load = Load(self.run_id, part.source.label, part.item.name, part.table, part.key)
         load.number, load.stamp, load.contract = self.number, part.item.stamp, self.contract
         return load
+
+    def rank(self, part: Part) -> tuple[int, bool]:
+        """Keys come before purchases, and what the lake holds before what may be a copy of it."""
+        held = self.current.get(part.key)
+        return TABLES.index(part.table), held is None or held.state == "copy"
 
     def known(self) -> tuple[pl.DataFrame, ...]:
         """The keys of the articles and customers that were committed."""
@@ -241,15 +249,27 @@ def admit(way: Loading) -> int:
         write(way.lake, "quarantine/transactions", stay, ("part",), _some(come["part"]))
     return come.height
 
-# %% ../../nbs/stages/10_ingestion.ipynb #34b3dd7d
+# %% ../../nbs/stages/10_ingestion.ipynb #404fe266
+def vanished(way: Loading) -> list[pl.DataFrame]:
+    """The keys that the lake knew when the run began and does not know any more, by table."""
+    gone = []
+    for (table, key), now in zip(KEYS.items(), way.known(), strict=True):
+        version = way.versions.get(f"raw/{table}")
+        if version is not None:
+            before = scan(way.lake, f"raw/{table}", version).select(key).unique().collect()
+            gone.append(before.join(now, on=key, how="anti"))
+    return [keys for keys in gone if not keys.is_empty()]
+
+
 def dismiss(way: Loading) -> int:
     """Set aside the purchases whose article or customer is gone; returns how many."""
     rest, lost = scan(way.lake, "raw/transactions"), []
-    for keys, rule in zip(way.known(), WAITING, strict=True):
-        strange = rest.join(keys.lazy(), on=keys.columns, how="anti")
-        lost.append(strange.with_columns(rule=pl.lit(rule)))
-        rest = rest.join(keys.lazy(), on=keys.columns, how="semi")
-    gone = pl.concat(lost).collect()
+    for keys in vanished(way):
+        [key] = keys.columns
+        strange = rest.join(keys.lazy(), on=key, how="semi")
+        lost.append(strange.with_columns(rule=pl.lit(f"{key} unknown")))
+        rest = rest.join(keys.lazy(), on=key, how="anti")
+    gone = pl.concat(lost).collect() if lost else pl.DataFrame()
     if not gone.is_empty():
         stay = rest.filter(pl.col("part").is_in(gone["part"].implode()))
         write(way.lake, "raw/transactions", stay, ("part",), _some(gone["part"]))
@@ -284,7 +304,7 @@ def _expect_all(listed: Iterable[Part], current: Iterable[Load]) -> None:
         has = ", ".join(part.item.name for part in listed) or "nothing"
         raise FileNotFoundError(f"no source has {expected}; found {has}")
 
-# %% ../../nbs/stages/10_ingestion.ipynb #9929918a
+# %% ../../nbs/stages/10_ingestion.ipynb #420f4094
 def start(
     lake: Lake, declared: Iterable[Source], run_id: str, **limits: Any
 ) -> tuple[Loading, list[Load]]:
@@ -294,6 +314,8 @@ def start(
     current = {key: load for key, load in held.items() if load.source in labels}
     number = max((load.number for load in history), default=0)
     way = Loading(lake, run_id, **limits, number=number, history=history, current=current)
+    names = [name for name in (f"raw/{table}" for table in TABLES) if has_table(lake, name)]
+    way.versions = {name: table_version(lake, name) for name in names}
     return way, [load for load in held.values() if load.source not in labels]
 
 
@@ -315,7 +337,7 @@ def ingest(
     _known_names(only, declared)
     way, stale = start(lake, declared, run_id, accept_new=accept_new, max_aside=max_aside)
     asked = [source for source in declared if not only or source.label in only]
-    listed = sorted((p for s in asked for p in parts(s)), key=lambda p: TABLES.index(p.table))
+    listed = sorted((part for s in asked for part in parts(s)), key=way.rank)
     _expect_all(listed, way.current.values())
     done = []
     for part in track(listed, "parts read"):
