@@ -2,10 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 LAB := .venv-lab/bin
+PEERS := .venv-peers/bin
+CUSTOMERS ?= 13720
 OPTIONS := $(if $(DATA),--data $(DATA)) $(if $(LAKE),--lake $(LAKE)) $(foreach p,$(P),-p $(p))
 
 .DEFAULT_GOAL := help
-.PHONY: help run serve lab test lint types notebooks pytest format lock clean
+.PHONY: help run serve lab test lint types notebooks bench pytest format lock clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 12
@@ -26,6 +28,12 @@ help:  ## this list
 	$(LAB)/pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[lab]'
 	@touch $@
 
+# what bench/ compares with, away from what is compared
+.installed-peers: requirements.lock
+	$(PYTHON) -m venv .venv-peers
+	$(PEERS)/pip install --quiet --disable-pip-version-check -c requirements.lock duckdb pandas pyarrow
+	@touch $@
+
 run: .installed  ## the five stages into a lake, on the sample world or on DATA
 	@$(BIN)/hm run $(OPTIONS)
 
@@ -35,7 +43,7 @@ serve: .installed  ## the REST service on http://127.0.0.1:8080
 lab: .installed-lab  ## JupyterLab on the notebooks
 	@$(LAB)/jupyter lab --notebook-dir nbs
 
-test: lint types notebooks pytest  ## all checks and tests
+test: lint types notebooks bench pytest  ## all checks and tests
 
 lint: .installed
 	$(BIN)/ruff check
@@ -48,6 +56,9 @@ types: .installed
 notebooks: .installed
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --do-print
 
+bench: .installed .installed-peers  ## ingestion and processing beside peers; CUSTOMERS=1371980: full size
+	$(BIN)/python bench/data.py --customers $(CUSTOMERS)
+
 # the faults, which mostly wait, beside all others
 pytest: .installed
 	$(BIN)/pytest -n 2 --dist loadfile --cov --cov-report=term --cov-fail-under=90
@@ -58,9 +69,9 @@ format: .installed  ## bring notebooks, library and code into shape
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
 
-lock: .installed .installed-lab  ## write requirements.lock from what is installed
-	@{ $(BIN)/pip freeze --exclude-editable; $(LAB)/pip freeze --exclude-editable; } \
+lock: .installed .installed-lab .installed-peers  ## write requirements.lock from what is installed
+	@{ for bin in $(BIN) $(LAB) $(PEERS); do $$bin/pip freeze --exclude-editable; done; } \
 	  | sed 's/+cpu$$//' | sort -u > requirements.lock
 
 clean:  ## remove what make made, but no lake
-	rm -rf .venv .venv-lab .installed .installed-lab .pytest_cache .mypy_cache .ruff_cache .coverage*
+	rm -rf .venv .venv-lab .venv-peers .installed .installed-lab .installed-peers .pytest_cache .mypy_cache .ruff_cache .coverage*

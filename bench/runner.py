@@ -49,14 +49,17 @@ def call(*words: str) -> str:
 FUNCTION = """
 import sys
 from hm_reco.core.lake import open_lake
-from hm_reco.stages.processing import process
-process(open_lake(sys.argv[1]))
+from hm_reco.stages.processing import process, what_changed
+lake = open_lake(sys.argv[1])
+process(lake, change=what_changed(lake, rebuild=True))
 """
 
 
 def stage_seconds(lake: Lake) -> float:
     """How long the stage took by the ledger, when it is run through the runner."""
-    out = call(HM, "run", "processing", "--lake", lake.root, "--force", "--json")
+    out = call(
+        HM, "run", "processing", "--lake", lake.root, "-p", "rebuild=true", "--force", "--json"
+    )
     return json.loads(out)[0]["seconds"]
 
 

@@ -230,6 +230,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'hm_reco.core.sources._sql': ('core/sources.html#_sql', 'hm_reco/core/sources.py'),
                                       'hm_reco.core.sources._zip': ('core/sources.html#_zip', 'hm_reco/core/sources.py'),
                                       'hm_reco.core.sources.declare': ('core/sources.html#declare', 'hm_reco/core/sources.py'),
+                                      'hm_reco.core.sources.due_sources': ('core/sources.html#due_sources', 'hm_reco/core/sources.py'),
                                       'hm_reco.core.sources.fingerprint': ('core/sources.html#fingerprint', 'hm_reco/core/sources.py'),
                                       'hm_reco.core.sources.is_due': ('core/sources.html#is_due', 'hm_reco/core/sources.py'),
                                       'hm_reco.core.sources.items': ('core/sources.html#items', 'hm_reco/core/sources.py'),

@@ -15,8 +15,8 @@ from typing import Any
 import yaml
 
 from hm_reco.core.lake import Lake, branch, stage_of
-from hm_reco.core.sources import fingerprint
 from hm_reco.core.ledger import Entry, read_ledger
+from hm_reco.core.sources import fingerprint
 from runner.board import Board
 from runner.cache import key_of
 from runner.execute import Execution

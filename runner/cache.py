@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hm_reco.core.code import code_key, short_hash
-from hm_reco.core.sources import fingerprint
 from hm_reco.core.ledger import Entry
+from hm_reco.core.sources import fingerprint
 from runner.graph import Stage, project_root
 
 NOT_PART = ("lake", "run_id")  # parameters that say where, not what

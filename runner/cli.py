@@ -25,7 +25,8 @@ app = typer.Typer(
 
 StagesArgument = Annotated[list[str] | None, typer.Argument(help="Stages; default: all.")]
 DataOption = Annotated[
-    str | None, typer.Option(help="Folder, s3://bucket/prefix or zip; default: a sample world.")
+    str | None,
+    typer.Option(help="Folder, file, zip, s3://, https:// or database; default: a sample world."),
 ]
 ParameterOption = Annotated[
     list[str] | None,
@@ -50,7 +51,7 @@ def _jobs(
     chosen = choose(load_pipeline(), stages)
     given = parse_assignments(parameters)
     if data is not None:
-        local = not data.startswith("s3://")
+        local = "://" not in data
         given["data"] = str(Path(data).expanduser().resolve()) if local else data
     from_file = read_file(file) if file else {}
     resolved = resolve(chosen, (str(file), from_file), ("-p", given))
@@ -105,6 +106,45 @@ def run(
     serve = f"hm serve{suffix}" if lake else "make serve"
     console.print(f"serve    {serve}", soft_wrap=True, highlight=False)
     return None
+
+
+@app.command()
+def ingest(
+    due: Annotated[
+        bool, typer.Option("--due", help="Only sources whose schedule has struck; never wait.")
+    ] = False,
+    lake: LakeOption = None,
+    parameter: ParameterOption = None,
+    params: FileOption = None,
+    verbose: VerboseOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Read the declared sources; with --due as often as you like, every minute say."""
+    from hm_reco.core.lease import LeaseError
+    from hm_reco.core.ledger import new_run_id
+    from hm_reco.core.loads import last_read, read_loads
+    from hm_reco.core.sources import declare, due_sources
+    from runner.board import Board
+    from runner.execute import StageError
+
+    given, run_id, entries = list(parameter or []), new_run_id(), []
+    with told(StageError):
+        target, [job] = open_lake(lake), _jobs(["ingestion"], None, given, params, run_id)
+        sources = declare(job.parameters.values["sources"])
+        names = due_sources(sources, last_read(read_loads(target))) if due else []
+        if names or not due:
+            todo = _jobs(["ingestion"], None, [*given, f"only={json.dumps(names)}"], params, run_id)
+            board = Board(console, verbose, as_json)
+            try:
+                entries = _run(target, todo, board, 1, force=due, wait=0 if due else None)
+            except LeaseError as err:
+                if not due:
+                    raise
+                board.say(f"{err}; what is due will be read the next time")
+    if as_json:
+        print(json.dumps([vars(entry) for entry in entries], default=str, indent=2))
+    elif not names and due:
+        console.print(f"nothing is due of {len(sources)} sources")
 
 
 @app.command()

@@ -17,6 +17,7 @@ import nbformat
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
+from hm_reco.core.sources import PASSWORD
 from runner.graph import Stage, read_yaml
 
 # what an annotation in a parameters cell may name
@@ -186,6 +187,8 @@ def _layered(
         for (only, name), value in _split(content, {stage.name: model}).items():
             if only == stage.name or (not only and name in model.model_fields):
                 try:
+                    if PASSWORD.search(str(value)):
+                        raise ValueError("a password in a URL, which would be kept with the run")
                     # on the command line, the shell has filled in its own
                     fill = isinstance(value, str) and layer != "-p"
                     filled = VARIABLE.sub(_variable, value) if fill else value

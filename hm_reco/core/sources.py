@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Table', 'TABLES', 'PASSWORD', 'MAX_BYTES', 'SUFFIXES', 'Source', 'declare', 'Item', 'items', 'suffix_of', 'table_of',
-           'Part', 'parts', 'read_file', 'fingerprint', 'is_due']
+           'Part', 'parts', 'read_file', 'fingerprint', 'is_due', 'due_sources']
 
 # %% ../../nbs/core/13_sources.ipynb #3f952cd5
 import csv
@@ -374,3 +374,8 @@ def is_due(source: Source, last: datetime | None, now: datetime | None = None) -
     zone = ZoneInfo(source.zone)
     now = (now or datetime.now(UTC)).astimezone(zone)
     return last is None or next(CronSim(source.schedule, last.astimezone(zone))) <= now
+
+# %% ../../nbs/core/13_sources.ipynb #127bc1a4
+def due_sources(sources: Iterable[Source], last: Mapping[str, datetime]) -> list[str]:
+    """The labels of sources that are due; `last` says when each was read, see `core.loads`."""
+    return [source.label for source in sources if is_due(source, last.get(source.label))]

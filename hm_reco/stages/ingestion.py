@@ -350,14 +350,19 @@ def ingest(
     enter_loads(lake, done)
     return done
 
-# %% ../../nbs/stages/10_ingestion.ipynb #a49ffec9
+# %% ../../nbs/stages/10_ingestion.ipynb #790e8f9c
 def settle(way: Loading, done: Iterable[Load]) -> None:
     """Let purchases in, or set them aside, when articles or customers came or went."""
-    keyed = [load.state for load in done if load.table in KEYS]
-    if "replaced" in keyed or "removed" in keyed:
-        dismiss(way)
-    if {"loaded", "replaced"} & set(keyed):
-        admit(way)
+    keyed = [
+        load for load in done if load.table in KEYS and load.state not in ("unchanged", "copy")
+    ]
+    states = {load.state for load in keyed}
+    out = dismiss(way) if states & {"replaced", "removed"} else 0
+    back = admit(way) if states & {"loaded", "replaced"} else 0
+    for count, what in ((out, "set aside"), (back, "let in")):
+        if count:
+            keyed[-1].notes += f"; {count} purchases {what}, by their keys"
+            keyed[-1].notes = keyed[-1].notes.removeprefix("; ")
 
 
 def _known_names(only: Iterable[str], declared: Iterable[Source]) -> None:
@@ -366,7 +371,7 @@ def _known_names(only: Iterable[str], declared: Iterable[Source]) -> None:
         if name not in labels:
             raise ValueError(f"only: no source {name!r}; declared are {', '.join(labels)}")
 
-# %% ../../nbs/stages/10_ingestion.ipynb #79eee8fb
+# %% ../../nbs/stages/10_ingestion.ipynb #136f5b2d
 def drift_of(loads: Iterable[Load], history: Sequence[Load]) -> list[dict[str, Any]]:
     """For each column of each part that was loaded: its `psi` against the load before."""
     rows = []
@@ -386,4 +391,6 @@ def examples(lake: Lake, table: str, keys: Iterable[str], count: int = 3) -> pl.
     told = ["rule", "file", "row", "unreadable"]
     rest = [n for n in columns_of(table) if table == "transactions" or n in KEYS.values()]
     first = aside.sort("rule", "file", "row").group_by("rule", maintain_order=True).head(count)
-    return first.select(*told, *rest).collect()
+    short = pl.col(pl.String).exclude("rule", "file", "unreadable").str.head(16)
+    text = pl.col("unreadable").fill_null("")
+    return first.select(*told, *rest).with_columns(text, short).collect()
