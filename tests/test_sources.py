@@ -271,6 +271,16 @@ def test_the_same_content_twice_adds_nothing(lake, files, expected):
     assert raw(lake, "transactions").height > 1.9 * expected["transactions"].height
 
 
+def test_a_copy_in_another_format_is_no_second_purchase(lake, files, frames, expected):
+    ingest(lake, str(files))
+    frames["transactions"].write_parquet(files / "transactions.parquet")
+    with pytest.raises(
+        ValueError, match=r"\.parquet: a copy of transactions_train\.csv"
+    ):
+        ingest(lake, str(files))
+    assert_whole(lake, expected)
+
+
 def test_a_corrected_file_replaces_its_own_rows_only(lake, files, expected):
     whole = pl.read_csv(files / "transactions_train.csv", infer_schema=False)
     (files / "transactions_train.csv").unlink()

@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['QUARANTINED', 'sizes', 'missing', 'daily_units', 'per_customer', 'per_article', 'gini', 'rebuying', 'temperature']
 
-# %% ../../nbs/stages/30_eda.ipynb #c8bbf88f
+# %% ../../nbs/stages/30_eda.ipynb #4a1a4578
 from datetime import date, timedelta
 
 import numpy as np
 import pandas as pd
 import polars as pl
 
+from ..core.contracts import columns_of
 from ..core.lake import Lake, open_lake, scan, table_version
+from ..core.loads import newest
 
 # %% ../../nbs/stages/30_eda.ipynb #d8c7ebc6
 def sizes(lake: Lake) -> pd.DataFrame:
@@ -41,12 +43,13 @@ QUARANTINED = ("articles", "customers", "transactions")
 def _rows(lake: Lake, name: str) -> int:
     return scan(lake, name).select(pl.len()).collect().item()
 
-# %% ../../nbs/stages/30_eda.ipynb #0885db24
+# %% ../../nbs/stages/30_eda.ipynb #3e7d545a
 def missing(lake: Lake) -> pd.DataFrame:
     """Share of empty values by raw column, in percent; only columns that have any."""
     shares = []
     for table in QUARANTINED:
-        nulls = scan(lake, f"raw/{table}").select(pl.all().is_null().mean() * 100)
+        rows = scan(lake, f"raw/{table}").select(columns_of(table))
+        nulls = rows.select(pl.all().is_null().mean() * 100)
         row = nulls.collect(engine="streaming").row(0, named=True)
         shares += [(column, table, share) for column, share in row.items() if share > 0]
     frame = pd.DataFrame(shares, columns=["column", "table", "empty, %"]).set_index("column")

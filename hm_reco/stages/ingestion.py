@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['BATCH_ROWS', 'PROFILED', 'WAITING', 'Check', 'split', 'look', 'good_rows', 'Loading', 'load_part', 'commit_rows',
-           'previous', 'admit', 'vanished', 'dismiss', 'withdraw', 'start', 'ingest', 'settle', 'drift_of', 'examples']
+           'note', 'previous', 'admit', 'vanished', 'dismiss', 'withdraw', 'start', 'ingest', 'settle', 'drift_of',
+           'examples']
 
-# %% ../../nbs/stages/10_ingestion.ipynb #e2911a35
+# %% ../../nbs/stages/10_ingestion.ipynb #9e9ab9c5
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -188,7 +190,7 @@ def _copy_of(way: Loading, load: Load) -> Load | None:
     others = (o for o in way.current.values() if o.part != load.part and o.state != "copy")
     return next((o for o in others if (o.table, o.sha256) == (load.table, load.sha256)), None)
 
-# %% ../../nbs/stages/10_ingestion.ipynb #0142d57d
+# %% ../../nbs/stages/10_ingestion.ipynb #fbc38b97
 def commit_rows(way: Loading, load: Load, part: Part, path: Path, folder: Path) -> None:
     """Check a file's rows and commit them, good ones to `raw/`, the others to `quarantine/`."""
     frame = read_file(path).rename(part.source.columns, strict=False)
@@ -200,16 +202,36 @@ def commit_rows(way: Loading, load: Load, part: Part, path: Path, folder: Path) 
     mark = {"part": pl.lit(load.part), "load": pl.lit(load.number)}
     good = (rows.with_columns(**mark) for rows in good_rows(run, frame, way.max_aside))
     own = _some([load.part])
-    write_batches(way.lake, f"raw/{part.table}", good, ("part",), own)
+    noted = chain(good, note(way, load, run))
+    write_batches(way.lake, f"raw/{part.table}", noted, ("part",), own)
     aside = pl.scan_parquet(folder / "aside-*.parquet").with_columns(
         **mark, file=pl.lit(load.item), source=pl.lit(load.source)
     )
     write(way.lake, f"quarantine/{part.table}", aside, ("part",), own)
+
+
+def note(way: Loading, load: Load, run: Check) -> Iterator[pl.DataFrame]:
+    """Enter in `load` what was seen of its rows, before they are committed; adds no rows.
+
+    Raises `ValueError` when all of it was seen before: hashes don't tell a file's copy in another
+    format.
+    """
     load.rows, load.kept, load.broken = run.rows, run.kept, dict(run.broken)
     load.first_day, load.last_day = (min(run.days), max(run.days)) if run.days else ("", "")
     like = previous(way.history, load)
     for name, counts in run.counts.items():
         load.profile[name] = profile(counts, like.profile.get(name) if like else None)
+    for other in way.current.values():
+        if other.part != load.part and other.state != "copy" and _alike(load, other):
+            raise ValueError(f"a copy of {other.item} in another format? leave out one of the two")
+    yield from ()
+
+
+def _alike(load: Load, other: Load) -> bool:
+    """Have two loads the same purchases, as far as can be seen? A few rows say nothing."""
+    seen = ("table", "rows", "first_day", "last_day", "profile")
+    same = all(getattr(load, name) == getattr(other, name) for name in seen)
+    return same and load.table not in KEYS and load.rows > 100
 
 # %% ../../nbs/stages/10_ingestion.ipynb #b311a0d5
 def previous(history: Iterable[Load], load: Load) -> Load | None:
