@@ -9,14 +9,17 @@ import polars as pl
 import pytest
 from typer.testing import CliRunner
 
+from hm_reco.core import commands
+from hm_reco.core.lake import open_lake
+from hm_reco.core.lease import leases
+from hm_reco.core.loads import read_loads
 from runner.cli import app
 
 hm = CliRunner()
+COMMANDS = [*app.registered_commands, *commands.app.registered_commands]
 
 
-@pytest.mark.parametrize(
-    "command", [c.name or c.callback.__name__ for c in app.registered_commands]
-)
+@pytest.mark.parametrize("command", [c.name or c.callback.__name__ for c in COMMANDS])
 def test_every_command_has_help(command):
     done = hm.invoke(app, [command, "--help"])
     assert done.exit_code == 0 and len(done.output) > 200
@@ -58,11 +61,45 @@ def test_bad_data_fails_the_first_stage_and_names_the_notebook(tmp_path):
     lake = tmp_path / "lake"
     done = hm.invoke(app, ["run", "--data", str(tmp_path / "data"), "--lake", str(lake)])
     output = " ".join(done.output.split())
-    assert done.exit_code == 1 and "stage 'ingestion' failed: FileNotFoundError" in output
-    assert "expected articles: articles.parquet" in output and "ingestion.ipynb" in output
+    assert done.exit_code == 1 and "stage 'ingestion' failed: ValueError" in output
+    assert "expected files like articles.csv" in output and "ingestion.ipynb" in output
 
 
 def test_the_command_is_installed():
     command = Path(sys.executable).with_name("hm")
     done = subprocess.run([command, "--help"], capture_output=True, text=True, check=True)
     assert "submission" in done.stdout
+
+
+def test_due_sources_are_read_and_others_are_not(sample, tmp_path):
+    lake, file = str(tmp_path / "lake"), tmp_path / "sources.yaml"
+    source = {"name": "shop", "place": str(sample), "schedule": "* * * * *"}
+    later = {"name": "yearly", "place": str(tmp_path / "nowhere"), "schedule": "0 0 1 1 *"}
+    words = ["ingest", "--due", "--lake", lake, "--params", str(file)]
+
+    def ingest(*sources: dict) -> tuple[int, str]:
+        file.write_text(json.dumps({"ingestion": {"sources": sources}}))
+        done = hm.invoke(app, words)
+        return done.exit_code, done.output
+
+    assert ingest(source | {"schedule": ""}) == (0, "nothing is due of 1 sources\n")
+    code, output = ingest(source)
+    assert code == 0 and "ingestion   succeeded" in output
+    states = [load.state for load in read_loads(open_lake(lake))]
+    assert states == ["loaded"] * 3
+    assert ingest(source | {"schedule": "0 0 1 1 *"})[1].startswith("nothing is due")
+    with leases(open_lake(lake), ["ingestion"]):  # somebody else is at work
+        code, output = ingest(later)
+    assert code == 0 and "will be read the next time" in output
+    code, output = ingest(source | {"schedule": "0 0 1 1 *"}, later)  # never read before
+    assert code == 1 and "nowhere: no such folder or file" in output
+    code, output = ingest(source | {"schedule": "every day"})
+    assert code == 1 and "source shop" in output
+
+
+def test_a_password_in_a_parameter_is_neither_kept_nor_shown(tmp_path):
+    place = "postgresql://me:hunter2@db/shop"
+    for words in (["-p", f"data={place}"], ["-p", f'sources=[{{place: "{place}"}}]']):
+        done = hm.invoke(app, ["run", "ingestion", "--lake", str(tmp_path), *words])
+        assert done.exit_code == 1 and "a password in a URL" in done.output
+        assert "hunter2" not in done.output and not list(tmp_path.iterdir())

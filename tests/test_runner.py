@@ -172,7 +172,8 @@ def test_sources_and_tables_belong_to_what_must_not_change(tmp_path, lake: Lake)
     data = tmp_path / "data"
     data.mkdir()
     (data / "a.csv").write_text("1")
-    body = "import polars as pl\nfrom hm_reco.core.lake import *\nhere = open_lake(lake)\n"
+    body = "import polars as pl\nfrom hm_reco.core.lake import *\n"
+    body += "from hm_reco.core.sources import fingerprint\nhere = open_lake(lake)\n"
     body += "version = write(here, 'raw/x', pl.DataFrame({'a': [1]}))\n"
     body += f"seen = {{'{data}': fingerprint('{data}')}}\n"
     body += "write_manifest(here, run_id, 'ingestion', {}, {'raw/x': version}, {}, seen)"

@@ -4,6 +4,7 @@ import gzip
 import http.server
 import os
 import shutil
+import socket
 import sqlite3
 import ssl
 import subprocess
@@ -12,6 +13,7 @@ import zipfile
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import boto3
 import polars as pl
@@ -135,22 +137,28 @@ def test_sources_of_all_kinds_are_mixed(lake, frames, expected, tmp_path, s3):
 
 
 @pytest.fixture(scope="module")
-def postgres(tmp_path_factory):
+def postgres():
     """A PostgreSQL server of this test's own; its URL without the password."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     if not found:
         pytest.skip("no PostgreSQL here: apt-get install postgresql")
-    tools, home = found[-1].parent, tmp_path_factory.mktemp("postgres")
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with TemporaryDirectory(prefix="hm-postgres-") as folder:
+        yield from serve(found[-1].parent, Path(folder), port)
+
+
+def serve(tools: Path, home: Path, port: int):
+    """Run a server in a folder until the tests that use it are through."""
     as_root = os.getuid() == 0  # which PostgreSQL refuses to run as
     user = {"user": "postgres", "group": "postgres"} if as_root else {}
     if as_root:
-        for folder in (home, *list(home.parents)[:2]):
-            folder.chmod(0o755)
         shutil.chown(home, "postgres", "postgres")
     (home / "password").write_text("s3cr3t-of-the-test")
     (home / "password").chmod(0o644)
     make = [tools / "initdb", "-D", home / "data", "-U", "reader", "-A", "scram-sha-256"]
-    options = "-c listen_addresses=127.0.0.1 -c port=54329 -c fsync=off"
+    options = f"-c listen_addresses=127.0.0.1 -c port={port} -c fsync=off"
     options += f" -c unix_socket_directories={home}"
     start = [tools / "pg_ctl", "-D", home / "data", "-w", "-o", options, "-l", home / "log"]
 
@@ -159,7 +167,7 @@ def postgres(tmp_path_factory):
 
     call(*make, f"--pwfile={home}/password")
     call(*start, "start")
-    yield "postgresql+psycopg://reader@127.0.0.1:54329/postgres"
+    yield f"postgresql+psycopg://reader@127.0.0.1:{port}/postgres"
     call(*start, "-m", "immediate", "stop")
 
 
@@ -274,9 +282,7 @@ def test_the_same_content_twice_adds_nothing(lake, files, expected):
 def test_a_copy_in_another_format_is_no_second_purchase(lake, files, frames, expected):
     ingest(lake, str(files))
     frames["transactions"].write_parquet(files / "transactions.parquet")
-    with pytest.raises(
-        ValueError, match=r"\.parquet: a copy of transactions_train\.csv"
-    ):
+    with pytest.raises(ValueError, match=r"\.parquet: a copy of transactions_train\.csv"):
         ingest(lake, str(files))
     assert_whole(lake, expected)
 

@@ -230,7 +230,7 @@ def _query(source: Source, query: str, folder: Path) -> Path:
         engine.dispose()
     return path
 
-# %% ../../nbs/core/11_sources.ipynb #f8ac3d1a
+# %% ../../nbs/core/11_sources.ipynb #04f67775
 def items(source: Source) -> list[Item]:
     """All that lies at a source's place, sorted by name.
 
@@ -253,7 +253,7 @@ def items(source: Source) -> list[Item]:
     elif Path(place).is_file():
         found = [_file(Path(place))]
     else:
-        raise FileNotFoundError("no such folder or file")
+        raise FileNotFoundError(f"{place}: no such folder or file")
     return sorted(found, key=lambda item: item.name)
 
 # %% ../../nbs/core/11_sources.ipynb #2f1de99d
