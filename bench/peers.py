@@ -8,6 +8,7 @@ JSON: its seconds, and figures that must agree with ours.
 """
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -154,6 +155,12 @@ def by_pandas(source: str, out: str) -> dict[str, float]:
     }
 
 
+def peak_mb() -> float:
+    """Peak resident memory of this process, without what its parent had (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1e3  # type: ignore[index]
+
+
 WORKS: dict[str, Callable[[str, str], dict[str, float]]] = {
     "parse": parse,
     "duckdb": by_duckdb,
@@ -166,4 +173,5 @@ if __name__ == "__main__":
     import_module(LIBRARIES[sys.argv[1]])  # which is not part of the work
     began = time.perf_counter()
     figures = WORKS[sys.argv[1]](sys.argv[2], sys.argv[3])
-    print(json.dumps({"seconds": time.perf_counter() - began, **figures}))
+    cost = {"seconds": time.perf_counter() - began, "peak_mb": peak_mb()}
+    print(json.dumps(cost | figures))
