@@ -141,7 +141,11 @@ def test_a_withdrawn_week_leaves_no_trace(world, lake, tmp_path, whole):
     for name in ("articles", "customers"):
         world[name].write_csv(tmp_path / "in" / f"{name}.csv")
     world["transactions"].write_csv(tmp_path / "in" / "transactions.csv")
+    buyers = world["transactions"]["customer_id"].unique()
+    never = world["customers"].filter(~pl.col("customer_id").is_in(buyers.implode()))["customer_id"]
     extra = world["transactions"].head(50).with_columns(t_dat=pl.lit("2020-11-02"))
+    once = extra.head(1).with_columns(customer_id=pl.lit(never[0]))
+    extra = pl.concat([extra, once])
     extra.write_csv(tmp_path / "in" / "transactions_x.csv")
     ingest(lake, str(tmp_path / "in"))
     process(lake, 3)

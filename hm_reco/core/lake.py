@@ -206,7 +206,7 @@ def scan(lake: Lake, name: str, version: int | None = None) -> pl.LazyFrame:
     """A table as a lazy frame, at `version` (default: the visible one)."""
     return pl.scan_delta(open_table(lake, name, version))
 
-# %% ../../nbs/core/01_lake.ipynb #8e4027bd
+# %% ../../nbs/core/01_lake.ipynb #c9cfd222
 # a model may refer to a version for years; the log that tells its files is not cut
 PROPERTIES: Mapping[str, str | None] = {"delta.enableExpiredLogCleanup": "false"}
 
@@ -224,7 +224,7 @@ def write(
     With `only`, an SQL condition on the columns of `partition_by`, rows that do not fulfil it stay.
     A `plain` table is not compressed: twice as large, four times as fast to write.
     """
-    options = _replacing(partition_by, only) | ({"writer_properties": PLAIN} if plain else {})
+    options = _replacing(partition_by, only, plain)
     frame.lazy().sink_delta(
         lake.uri(name),
         mode="overwrite",
@@ -233,22 +233,24 @@ def write(
     )
     return _written(lake, name)
 
-# %% ../../nbs/core/01_lake.ipynb #5c47a983
+# %% ../../nbs/core/01_lake.ipynb #85f890b0
 PLAIN = WriterProperties(default_column_properties=ColumnProperties(dictionary_enabled=False))
 
 
-def _replacing(partition_by: Sequence[str], only: str | None) -> dict[str, Any]:
+def _replacing(partition_by: Sequence[str], only: str | None, plain: bool) -> dict[str, Any]:
     """Options of deltalake's writer, to replace all of a table or some of its partitions."""
-    options = {"partition_by": list(partition_by) or None, "configuration": PROPERTIES}
+    options: dict[str, Any] = {"partition_by": list(partition_by) or None}
+    options |= {"configuration": PROPERTIES, "writer_properties": PLAIN if plain else None}
     return options | ({"predicate": only} if only else {"schema_mode": "overwrite"})
 
-# %% ../../nbs/core/01_lake.ipynb #131e07ad
+# %% ../../nbs/core/01_lake.ipynb #f68d0764
 def write_batches(
     lake: Lake,
     name: str,
     batches: Iterable[pl.DataFrame],
     partition_by: Sequence[str] = (),
     only: str | None = None,
+    plain: bool = False,
 ) -> int:
     """Replace a table by the rows of all batches (at least one), in one commit, as `write` does.
 
@@ -266,7 +268,7 @@ def write_batches(
                 rows,
                 mode="overwrite",
                 storage_options=lake.options or None,
-                **_replacing(partition_by, only),
+                **_replacing(partition_by, only, plain),
             )
         )
         try:

@@ -6,13 +6,13 @@
 __all__ = ['WEEK', 'ALL', 'FEATURES', 'ONLINE', 'SPEND', 'SUMS', 'BASIS', 'RAW', 'WEEKS_AT_ONCE', 'WEEKLY', 'PROCESSED',
            'process_articles', 'process_customers', 'Feature', 'weekly_articles', 'weekly_customers', 'totals',
            'customer_features', 'Change', 'monday', 'basis_of', 'what_changed', 'weeks_between', 'Ids', 'purchases_of',
-           'Moved', 'tables_of', 'process_weeks', 'process_features', 'updated', 'process']
+           'Moved', 'tables_of', 'process_weeks', 'process_features', 'losers', 'updated', 'process']
 
-# %% ../../nbs/stages/20_processing.ipynb #71ffada0
+# %% ../../nbs/stages/20_processing.ipynb #bd8b24ad
 import json
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date, timedelta
 from typing import NamedTuple
 
@@ -224,7 +224,7 @@ def purchases_of(lake: Lake, weeks: Sequence[date], ids: Ids, shards: int) -> pl
     placed = {"shard": shard_of(pl.col("customer"), shards), "week": monday(pl.col("day"))}
     return map_purchases(raw, *ids).with_columns(**placed).collect()
 
-# %% ../../nbs/stages/20_processing.ipynb #6809f8f0
+# %% ../../nbs/stages/20_processing.ipynb #ac98e98b
 WEEKLY = "processed/weekly_customers"
 
 
@@ -232,8 +232,14 @@ WEEKLY = "processed/weekly_customers"
 class Moved:
     """The customers' weeks that were computed again: as they were, and as they are."""
 
-    gone: list[pl.DataFrame]
-    came: list[pl.DataFrame]
+    gone: list[pl.DataFrame] = field(default_factory=list)
+    came: list[pl.DataFrame] = field(default_factory=list)
+    writing: list[Future[int]] = field(default_factory=list)
+
+    def finish(self) -> None:
+        """Wait until all of it is written."""
+        for table in self.writing:
+            table.result()
 
 
 def tables_of(purchases: pl.DataFrame) -> dict[str, tuple[pl.DataFrame, tuple[str, ...]]]:
@@ -246,72 +252,75 @@ def tables_of(purchases: pl.DataFrame) -> dict[str, tuple[pl.DataFrame, tuple[st
     }
 
 
-def process_weeks(lake: Lake, change: Change, shards: int) -> Moved:
-    """Write the tables that have weeks; some weeks are computed while others are written."""
+def process_weeks(lake: Lake, change: Change, shards: int, pool: ThreadPoolExecutor) -> Moved:
+    """Write the tables that have weeks, in `pool`: some are computed while others are written."""
     articles = scan(lake, "processed/articles").select("article_id", "article").collect()
     customers = scan(lake, "processed/customers").select("customer_id", "customer").collect()
-    moved, writing = Moved([], []), list[Future[int]]()
-    with ThreadPoolExecutor() as pool:
-        for start in track(range(0, len(change.weeks), WEEKS_AT_ONCE), "quarters of a year"):
-            weeks = change.weeks[start : start + WEEKS_AT_ONCE]
-            tables = tables_of(purchases_of(lake, weeks, Ids(articles, customers), shards))
-            if not change.whole:
-                old = scan(lake, WEEKLY).filter(pl.col("week").is_in(weeks))
-                moved.gone.append(old.collect())
-                moved.came.append(tables[WEEKLY][0])
-            only = None if change.whole and start == 0 else _in_weeks(weeks)
-            for ended in writing:
-                ended.result()
-            writing = [
-                pool.submit(write, lake, name, frame, partitions, only)
-                for name, (frame, partitions) in tables.items()
-            ]
-    for ended in writing:
-        ended.result()
+    moved = Moved()
+    for start in track(range(0, len(change.weeks), WEEKS_AT_ONCE), "quarters of a year"):
+        weeks = change.weeks[start : start + WEEKS_AT_ONCE]
+        tables = tables_of(purchases_of(lake, weeks, Ids(articles, customers), shards))
+        if not change.whole:
+            old = scan(lake, WEEKLY).filter(pl.col("week").is_in(weeks))
+            moved.gone.append(old.collect())
+            moved.came.append(tables[WEEKLY][0])
+        only = None if change.whole and start == 0 else _in_weeks(weeks)
+        moved.finish()
+        moved.writing = [
+            pool.submit(write, lake, name, frame, partitions, only)
+            for name, (frame, partitions) in tables.items()
+        ]
     return moved
 
 
 def _in_weeks(weeks: Sequence[date]) -> str:
     return f"week IN ({', '.join(repr(str(week)) for week in weeks)})"
 
-# %% ../../nbs/stages/20_processing.ipynb #cc734858
+# %% ../../nbs/stages/20_processing.ipynb #edade36f
 def process_features(lake: Lake, change: Change, moved: Moved) -> int:
     """Write `processed/customer_features`, from all weeks or from what moved; its version."""
     name, one = "processed/customer_features", pl.lit(1, pl.Int32)
-    weekly = scan(lake, WEEKLY).with_columns(weeks=one)
     if change.whole:
-        sums = totals(weekly)
+        moved.finish()
+        sums = totals(scan(lake, WEEKLY).with_columns(weeks=one))
     else:
         gone, came = (pl.concat(part).with_columns(weeks=one) for part in (moved.gone, moved.came))
-        sums = updated(scan(lake, name), gone, came, weekly)
+        lost = losers(gone, came)
+        if not lost.is_empty():
+            moved.finish()
+        own = scan(lake, WEEKLY).join(lost.lazy(), on="customer", how="semi")
+        anew = totals(own.with_columns(weeks=one))
+        sums = updated(scan(lake, name), gone, came, anew)
     # rewritten with every week, so it is plain
     return write(lake, name, customer_features(sums).sort("customer"), plain=True)
 
-# %% ../../nbs/stages/20_processing.ipynb #c12610b1
-def updated(
-    before: pl.LazyFrame, gone: pl.DataFrame, came: pl.DataFrame, weekly: pl.LazyFrame
-) -> pl.LazyFrame:
-    """`totals` after some customers' weeks went and others came; `weekly` has all as they are."""
-    columns = ["customer", *SUMS, "first_day", "last_day"]
+# %% ../../nbs/stages/20_processing.ipynb #d4f8768e
+def losers(gone: pl.DataFrame, came: pl.DataFrame) -> pl.DataFrame:
+    """The customers with a week that begins later or ends earlier than it did, or is no more."""
     pair = gone.join(came, on=["week", "customer"], how="left", suffix="_now")
-    kept = (pl.col("first_day_now") <= pl.col("first_day")) & (
-        pl.col("last_day_now") >= pl.col("last_day")
-    )
-    lost = pair.filter(~kept.fill_null(False)).select("customer").unique().lazy()
+    first = pl.col("first_day_now") <= pl.col("first_day")
+    last = pl.col("last_day_now") >= pl.col("last_day")
+    return pair.filter(~(first & last).fill_null(False)).select("customer").unique()
+
+
+def updated(
+    before: pl.LazyFrame, gone: pl.DataFrame, came: pl.DataFrame, anew: pl.LazyFrame
+) -> pl.LazyFrame:
+    """`totals` after some customers' weeks went and others came, and some were counted `anew`."""
+    columns = ["customer", *SUMS, "first_day", "last_day"]
     touched = pl.concat([gone, came]).select("customer").unique().lazy()
     less = gone.with_columns(-pl.col(SUMS))
     old = before.select(columns)
     some = [old.join(touched, on="customer", how="semi"), less.lazy(), came.lazy()]
     moved = totals(pl.concat([part.select(columns) for part in some]))
-    anew = totals(weekly.join(lost, on="customer", how="semi"))
     parts = [
         old.join(touched, on="customer", how="anti"),
-        moved.join(lost, on="customer", how="anti"),
+        moved.join(anew, on="customer", how="anti"),
         anew,
     ]
-    return pl.concat([part.select(columns) for part in parts])
+    return pl.concat([part.select(columns) for part in parts]).filter(pl.col("weeks") > 0)
 
-# %% ../../nbs/stages/20_processing.ipynb #8b36f926
+# %% ../../nbs/stages/20_processing.ipynb #1e24575e
 PROCESSED = [
     f"processed/{name}"
     for name in (*Ids._fields, "purchases", *dict.fromkeys(f.table for f in FEATURES), "basis")
@@ -332,7 +341,10 @@ def process(lake: Lake, shards: int = 1, change: Change | None = None) -> dict[s
     if "raw/customers" in change.remap:
         process_customers(lake, shards)
     if change.weeks:
-        process_features(lake, change, process_weeks(lake, change, shards))
+        with ThreadPoolExecutor() as pool:
+            moved = process_weeks(lake, change, shards, pool)
+            process_features(lake, change, moved)
+            moved.finish()
     made = basis_of(lake, shards)
     if not (has_table(lake, BASIS) and scan(lake, BASIS).collect().equals(made)):
         write(lake, BASIS, made)
