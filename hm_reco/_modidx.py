@@ -67,6 +67,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'hm_reco.core.lake.branch': ('core/lake.html#branch', 'hm_reco/core/lake.py'),
                                    'hm_reco.core.lake.find_file': ('core/lake.html#find_file', 'hm_reco/core/lake.py'),
                                    'hm_reco.core.lake.has_table': ('core/lake.html#has_table', 'hm_reco/core/lake.py'),
+                                   'hm_reco.core.lake.local_path': ('core/lake.html#local_path', 'hm_reco/core/lake.py'),
                                    'hm_reco.core.lake.open_lake': ('core/lake.html#open_lake', 'hm_reco/core/lake.py'),
                                    'hm_reco.core.lake.open_table': ('core/lake.html#open_table', 'hm_reco/core/lake.py'),
                                    'hm_reco.core.lake.put_file': ('core/lake.html#put_file', 'hm_reco/core/lake.py'),

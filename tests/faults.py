@@ -18,6 +18,7 @@ import psutil
 
 from hm_reco.core.lake import STAGE_OF, Lake, has_table, open_lake, scan, table_names
 from hm_reco.core.ledger import read_ledger
+from hm_reco.core.loads import LOADS
 
 HM = Path(sys.executable).with_name("hm")
 STAGES = ["ingestion", "processing", "eda", "training", "inference"]
@@ -121,7 +122,8 @@ def contents(lake: Lake) -> dict[str, pl.DataFrame]:
     found = {}
     now = open_lake(lake.root)
     for name in table_names(now):
-        if name.startswith("runs/") or not has_table(now, name):
+        told = name.startswith("runs/") or name in (LOADS, "processed/basis")  # of times, versions
+        if told or not has_table(now, name):
             continue
         rows = scan(now, name).collect()
         rows = rows.drop("version", "created", "run_id", "tables", strict=False)

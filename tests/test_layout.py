@@ -75,3 +75,23 @@ def test_public_functions_say_what_they_do_and_stay_short():
         public = not node.name.startswith("_") and node.col_offset == 0
         assert not public or ast.get_docstring(node), f"{name} has no docstring"
         assert not public or node.returns is not None, f"{name} has no return type"
+
+
+def code_lines(path: Path) -> int:
+    """Lines that are neither blank, nor a comment, nor part of a docstring."""
+    text = path.read_text()
+    told = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node
+        ):
+            told |= {*range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1)}
+    lines = enumerate(text.splitlines(), 1)
+    return sum(
+        n not in told and not line.strip().startswith(("#",)) and bool(line.strip())
+        for n, line in lines
+    )
+
+
+def test_the_runner_stays_small():
+    assert sum(code_lines(path) for path in (ROOT / "runner").glob("*.py")) <= 1_220

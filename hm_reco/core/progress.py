@@ -22,7 +22,7 @@ def _watched() -> bool:
     """Does a notebook or a terminal show what is printed?"""
     return "ipykernel" in sys.modules or sys.stderr.isatty()
 
-# %% ../../nbs/core/04_progress.ipynb #12e1ec4f
+# %% ../../nbs/core/04_progress.ipynb #e266ce37
 def track(items: Iterable[Item], name: str) -> Iterable[Item]:
     """The items, one by one; how many are done is shown once a second under `name`."""
     total = len(items) if isinstance(items, Sized) else None  # a loop of one shows nothing
@@ -34,5 +34,6 @@ def track(items: Iterable[Item], name: str) -> Iterable[Item]:
         file=sys.stdout,
         bar_format=line,
         mininterval=1,
+        delay=1,  # a loop that is soon through says nothing
         disable=total == 1 or not _watched(),
     )

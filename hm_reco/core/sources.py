@@ -6,7 +6,7 @@
 __all__ = ['Table', 'TABLES', 'PASSWORD', 'MAX_BYTES', 'SUFFIXES', 'Source', 'declare', 'Item', 'items', 'suffix_of', 'table_of',
            'Part', 'parts', 'read_file', 'fingerprint', 'is_due', 'due_sources']
 
-# %% ../../nbs/core/11_sources.ipynb #3f952cd5
+# %% ../../nbs/core/11_sources.ipynb #15ed06d1
 import csv
 import os
 import re
@@ -28,7 +28,7 @@ from deltalake import DeltaTable
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from .code import short_hash
-from .lake import open_lake
+from .lake import local_path, open_lake
 
 # %% ../../nbs/core/11_sources.ipynb #3533793e
 Table = Literal["articles", "customers", "transactions"]
@@ -188,10 +188,10 @@ def _secret(source: Source) -> str:
         raise ValueError(f"the environment variable {source.secret}, its `secret`, is not set")
     return value
 
-# %% ../../nbs/core/11_sources.ipynb #a3c6620e
+# %% ../../nbs/core/11_sources.ipynb #4b9d70f3
 def _delta(place: str) -> list[Item]:
-    options = open_lake(place).options or None
-    table = DeltaTable(place, storage_options=options)
+    lake = open_lake(place)
+    table = DeltaTable(lake.root, storage_options=lake.options or None)
 
     def bring(folder: Path) -> Path:
         path = folder / f"{uuid4().hex}.parquet"
@@ -230,7 +230,7 @@ def _query(source: Source, query: str, folder: Path) -> Path:
         engine.dispose()
     return path
 
-# %% ../../nbs/core/11_sources.ipynb #04f67775
+# %% ../../nbs/core/11_sources.ipynb #8c033abc
 def items(source: Source) -> list[Item]:
     """All that lies at a source's place, sorted by name.
 
@@ -238,6 +238,7 @@ def items(source: Source) -> list[Item]:
     """
     place = source.place
     scheme = place.partition("://")[0] if "://" in place else ""
+    path = local_path(place)
     if scheme == "https":
         found = _https(source)
     elif scheme not in ("", "s3"):
@@ -246,20 +247,20 @@ def items(source: Source) -> list[Item]:
         found = _delta(place)
     elif scheme == "s3":
         found = _s3(place)
-    elif zipfile.is_zipfile(place):
-        found = _zip(Path(place))
-    elif Path(place).is_dir():
-        found = _folder(Path(place))
-    elif Path(place).is_file():
-        found = [_file(Path(place))]
+    elif zipfile.is_zipfile(path):
+        found = _zip(path)
+    elif path.is_dir():
+        found = _folder(path)
+    elif path.is_file():
+        found = [_file(path)]
     else:
-        raise FileNotFoundError(f"{place}: no such folder or file")
+        raise FileNotFoundError(f"{path}: no such folder or file")
     return sorted(found, key=lambda item: item.name)
 
-# %% ../../nbs/core/11_sources.ipynb #2f1de99d
+# %% ../../nbs/core/11_sources.ipynb #792b49af
 def _is_delta(place: str) -> bool:
     if not place.startswith("s3://"):
-        return (Path(place) / "_delta_log").is_dir()
+        return (local_path(place) / "_delta_log").is_dir()
     return DeltaTable.is_deltatable(place, storage_options=open_lake(place).options)
 
 # %% ../../nbs/core/11_sources.ipynb #af083fec

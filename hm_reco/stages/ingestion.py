@@ -85,7 +85,7 @@ def look(way: Check, good: pl.DataFrame) -> None:
         days = {*way.days, str(good["t_dat"].min()), str(good["t_dat"].max())}
         way.days = {min(days), max(days)}
 
-# %% ../../nbs/stages/10_ingestion.ipynb #18ddca90
+# %% ../../nbs/stages/10_ingestion.ipynb #f63fdfc1
 def _batches(table: str, frame: pl.LazyFrame) -> Iterator[pl.DataFrame]:
     """A file's rows as they are; those of a table whose keys must differ, all at once."""
     if table in KEYS:
@@ -97,7 +97,7 @@ def _batches(table: str, frame: pl.LazyFrame) -> Iterator[pl.DataFrame]:
 
 def good_rows(way: Check, frame: pl.LazyFrame, max_aside: float) -> Iterator[pl.DataFrame]:
     """The good rows of a file, batch by batch. Raises `ValueError` when too many are not."""
-    for batch in _batches(way.table, frame):
+    for batch in track(_batches(way.table, frame), f"{way.table}, batches"):
         yield split(way, batch)
     bad = way.rows - way.kept
     if bad > max_aside * way.rows:
@@ -327,7 +327,7 @@ def _expect_all(listed: Iterable[Part], current: Iterable[Load]) -> None:
         has = ", ".join(part.item.name for part in listed) or "nothing"
         raise FileNotFoundError(f"no source has {expected}; found {has}")
 
-# %% ../../nbs/stages/10_ingestion.ipynb #420f4094
+# %% ../../nbs/stages/10_ingestion.ipynb #0ef0354a
 def start(
     lake: Lake, declared: Iterable[Source], run_id: str, **limits: Any
 ) -> tuple[Loading, list[Load]]:
@@ -363,7 +363,7 @@ def ingest(
     listed = sorted((part for s in asked for part in parts(s)), key=way.rank)
     _expect_all(listed, way.current.values())
     done = []
-    for part in track(listed, "parts read"):
+    for part in listed:
         load = load_part(way, part, reload)
         way.current[part.key] = load
         way.history.append(load)
