@@ -47,7 +47,7 @@ def test_a_full_disk_fails_the_stage_and_loses_nothing(small_data, undisturbed, 
     before = contents(lake)
     free = psutil.disk_usage(str(small_disk)).free
     (small_disk / "fill").write_bytes(bytes(max(free - 60_000, 0)))
-    output = finish(start(lake.root, small_data, "--force"), 1)
+    output = finish(start(lake.root, small_data, "--force", "-p", "reload=true"), 1)
     assert "No space left on device" in output
     failed = [e for e in read_ledger(lake) if e.state == "failed"]
     assert failed and "No space left on device" in failed[-1].error
