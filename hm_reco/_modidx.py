@@ -482,6 +482,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'hm_reco/stages/ingestion.py'),
                                           'hm_reco.stages.ingestion.examples': ( 'stages/ingestion.html#examples',
                                                                                  'hm_reco/stages/ingestion.py'),
+                                          'hm_reco.stages.ingestion.forget': ( 'stages/ingestion.html#forget',
+                                                                               'hm_reco/stages/ingestion.py'),
                                           'hm_reco.stages.ingestion.good_rows': ( 'stages/ingestion.html#good_rows',
                                                                                   'hm_reco/stages/ingestion.py'),
                                           'hm_reco.stages.ingestion.ingest': ( 'stages/ingestion.html#ingest',

@@ -279,6 +279,16 @@ def test_the_same_content_twice_adds_nothing(lake, files, expected):
     assert raw(lake, "transactions").height > 1.9 * expected["transactions"].height
 
 
+def test_a_file_that_becomes_a_copy_keeps_no_rows(lake, files, expected):
+    rows = pl.read_csv(files / "transactions_train.csv", infer_schema=False)
+    rows.head(30).write_csv(files / "transactions_x.csv")
+    ingest(lake, str(files))
+    assert raw(lake, "transactions").height == expected["transactions"].height + 30
+    shutil.copy(files / "transactions_train.csv", files / "transactions_x.csv")
+    assert states(ingest(lake, str(files)))["transactions_x.csv"] == "copy"
+    assert_whole(lake, expected)
+
+
 def test_a_copy_in_another_format_is_no_second_purchase(lake, files, frames, expected):
     ingest(lake, str(files))
     frames["transactions"].write_parquet(files / "transactions.parquet")
