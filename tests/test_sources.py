@@ -289,6 +289,25 @@ def test_a_file_that_becomes_a_copy_keeps_no_rows(lake, files, expected):
     assert_whole(lake, expected)
 
 
+def test_a_customer_file_that_was_cut_off_stops_the_load(lake, files):
+    ingest(lake, str(files), max_aside=0.05)
+    whole = (files / "customers.csv").read_text().splitlines()
+    (files / "customers.csv").write_text("\n".join(whole[:1_000]) + "\n")
+    with pytest.raises(ValueError, match=r"gone would set aside \d+ of \d+ purchases, more"):
+        ingest(lake, str(files), max_aside=0.05)
+    assert len(read_loads(lake)) == 3
+
+
+def test_other_names_of_columns_are_another_reading(lake, files):
+    rows = pl.read_csv(files / "transactions_train.csv", infer_schema=False)
+    rows.with_columns(net=pl.lit("0.5")).write_csv(files / "transactions_train.csv")
+    gross = Source(place=str(files))
+    ingest(lake, [gross], accept_new=True)
+    net = Source(place=str(files), columns={"price": "gross", "net": "price"})
+    assert states(ingest(lake, [net], accept_new=True))["transactions_train.csv"] == "replaced"
+    assert set(raw(lake, "transactions")["price"]) == {0.5}
+
+
 def test_a_copy_in_another_format_is_no_second_purchase(lake, files, frames, expected):
     ingest(lake, str(files))
     frames["transactions"].write_parquet(files / "transactions.parquet")

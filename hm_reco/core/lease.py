@@ -102,7 +102,13 @@ class _Object:
     def remove(self) -> None:
         self.client.delete_object(**self.at)
 
-# %% ../../nbs/core/07_lease.ipynb #9e510e65
+# %% ../../nbs/core/07_lease.ipynb #b26dc923
+def _claim(mark: str) -> dict[str, Any]:
+    """What a holder writes, something new each time."""
+    holder = {"host": os.uname().nodename, "process": os.getpid(), "mark": mark}
+    return holder | {"renewal": uuid4().hex}
+
+# %% ../../nbs/core/07_lease.ipynb #c4099762
 class S3Lease:
     """An object that its holder renews until it ends."""
 
@@ -125,8 +131,7 @@ class S3Lease:
 
     def renew(self, tag: str) -> bool:
         """Write the object anew, if it is as `tag` says."""
-        body = {"host": os.uname().nodename, "process": os.getpid(), "mark": self.mark}
-        self.tag = self.object.put(body | {"renewal": uuid4().hex}, tag)
+        self.tag = self.object.put(_claim(self.mark), tag)
         return bool(self.tag)
 
     def is_ours(self) -> bool:
@@ -136,7 +141,7 @@ class S3Lease:
 
     def holder(self) -> str:
         """Process and machine."""
-        found, _ = self.object.look()
+        found = self.object.look()[0]
         return f"process {found.get('process')} on {found.get('host')}"
 
     def release(self) -> None:

@@ -42,9 +42,6 @@ def read_settings_file(path: Path, environment: str) -> dict[str, str]:
     return dict(parser[environment])
 
 # %% ../../nbs/core/00_settings.ipynb #9f3f57e1
-ENVIRONMENT_FOLDER = "HM_SECRETS_DIR"
-
-
 class Settings(BaseSettings):
     """Where data live and how the service listens; each field can be set as `HM_<NAME>`."""
 
@@ -86,6 +83,9 @@ class Settings(BaseSettings):
         return init_settings, _secrets(settings_cls), env_settings, _file_layer(settings_cls)
 
 # %% ../../nbs/core/00_settings.ipynb #8486de67
+ENVIRONMENT_FOLDER = "HM_SECRETS_DIR"
+
+
 def _secrets(settings_cls: type[BaseSettings]) -> PydanticBaseSettingsSource:
     """Secrets mounted as files, from the folder `HM_SECRETS_DIR` (default `/run/secrets`)."""
     folder = Path(os.environ.get(ENVIRONMENT_FOLDER, "/run/secrets"))

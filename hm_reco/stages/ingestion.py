@@ -7,7 +7,7 @@ __all__ = ['BATCH_ROWS', 'PROFILED', 'WAITING', 'Check', 'split', 'look', 'good_
            'commit_rows', 'note', 'previous', 'admit', 'vanished', 'dismiss', 'withdraw', 'start', 'ingest', 'settle',
            'drift_of', 'examples']
 
-# %% ../../nbs/stages/10_ingestion.ipynb #9e9ab9c5
+# %% ../../nbs/stages/10_ingestion.ipynb #524fac33
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +19,7 @@ from typing import Any
 
 import polars as pl
 
-from ..core.code import library_key
+from ..core.code import modules_key, short_hash
 from ..core.contracts import check, check_keys, columns_of, in_order, read_as
 from ..core.drift import profile, psi, verdict
 from hm_reco.core.lake import (
@@ -105,12 +105,12 @@ def good_rows(way: Check, frame: pl.LazyFrame, max_aside: float) -> Iterator[pl.
         most = dict(way.broken.most_common(3))
         raise ValueError(f"{share}, break rules: {most}; nothing was committed")
 
-# %% ../../nbs/stages/10_ingestion.ipynb #4a149dbf
+# %% ../../nbs/stages/10_ingestion.ipynb #05aee4f2
 def _some(keys: Iterable[str]) -> str:
     """The SQL condition for some parts."""
     return f"part IN ({', '.join(repr(key) for key in sorted(set(keys)))})"
 
-
+# %% ../../nbs/stages/10_ingestion.ipynb #925b9c4f
 @dataclass
 class Loading:
     """One run of ingestion: how it reads, and what the lake holds by part."""
@@ -123,13 +123,14 @@ class Loading:
     history: list[Load] = field(default_factory=list)
     current: dict[str, Load] = field(default_factory=dict)
     versions: dict[str, int] = field(default_factory=dict)  # of the tables, when the run began
-    contract: str = field(default_factory=lambda: library_key("hm_reco.core.contracts"))
+    contract: str = field(default_factory=lambda: modules_key("hm_reco.core.contracts"))
 
     def entry(self, part: Part) -> Load:
         """A row of the load ledger for what is read now."""
         self.number += 1
         load = Load(self.run_id, part.source.label, part.item.name, part.table, part.key)
-        load.number, load.stamp, load.contract = self.number, part.item.stamp, self.contract
+        load.number, load.stamp = self.number, part.item.stamp
+        load.contract = short_hash(f"{self.contract} {sorted(part.source.columns.items())}")
         return load
 
     def rank(self, part: Part) -> tuple[int, bool]:
@@ -198,7 +199,7 @@ def _copy_of(way: Loading, load: Load) -> Load | None:
     others = (o for o in way.current.values() if o.part != load.part and o.state != "copy")
     return next((o for o in others if (o.table, o.sha256) == (load.table, load.sha256)), None)
 
-# %% ../../nbs/stages/10_ingestion.ipynb #3887ec61
+# %% ../../nbs/stages/10_ingestion.ipynb #5b43a943
 def commit_rows(way: Loading, load: Load, part: Part, path: Path, folder: Path) -> None:
     """Check a file's rows and commit them, good ones to `raw/`, the others to `quarantine/`."""
     frame = read_file(path).rename(part.source.columns, strict=False)
@@ -218,7 +219,7 @@ def commit_rows(way: Loading, load: Load, part: Part, path: Path, folder: Path) 
     )
     write(way.lake, f"quarantine/{part.table}", aside, ("part",), own)
 
-
+# %% ../../nbs/stages/10_ingestion.ipynb #acdcbfff
 def note(way: Loading, load: Load, run: Check) -> Iterator[pl.DataFrame]:
     """Enter in `load` what was seen of its rows, before they are committed; adds no rows.
 
@@ -280,7 +281,7 @@ def admit(way: Loading) -> int:
         write(way.lake, "quarantine/transactions", stay, ("part",), _some(come["part"]))
     return come.height
 
-# %% ../../nbs/stages/10_ingestion.ipynb #404fe266
+# %% ../../nbs/stages/10_ingestion.ipynb #5d0bc9b6
 def vanished(way: Loading) -> list[pl.DataFrame]:
     """The keys that the lake knew when the run began and does not know any more, by table."""
     gone = []
@@ -302,6 +303,7 @@ def dismiss(way: Loading) -> int:
         rest = rest.join(keys.lazy(), on=key, how="anti")
     gone = pl.concat(lost).collect() if lost else pl.DataFrame()
     if not gone.is_empty():
+        _limit(way, gone.height)
         stay = rest.filter(pl.col("part").is_in(gone["part"].implode()))
         write(way.lake, "raw/transactions", stay, ("part",), _some(gone["part"]))
         whence = pl.DataFrame(
@@ -312,6 +314,13 @@ def dismiss(way: Loading) -> int:
         told = gone.join(whence, on="part", how="left")
         append(way.lake, "quarantine/transactions", told, extend=True)
     return gone.height
+
+
+def _limit(way: Loading, gone: int) -> None:
+    rows = scan(way.lake, "raw/transactions").select(pl.len()).collect().item()
+    if gone > way.max_aside * rows:
+        share = f"{gone} of {rows} purchases, more than max_set_aside={way.max_aside:g}"
+        raise ValueError(f"articles or customers that are gone would set aside {share}")
 
 # %% ../../nbs/stages/10_ingestion.ipynb #5d35b9d6
 def withdraw(way: Loading, stale: Iterable[Load]) -> list[Load]:
@@ -334,7 +343,7 @@ def _expect_all(listed: Iterable[Part], current: Iterable[Load]) -> None:
         has = ", ".join(part.item.name for part in listed) or "nothing"
         raise FileNotFoundError(f"no source has {expected}; found {has}")
 
-# %% ../../nbs/stages/10_ingestion.ipynb #0ef0354a
+# %% ../../nbs/stages/10_ingestion.ipynb #8556a7cf
 def start(
     lake: Lake, declared: Iterable[Source], run_id: str, **limits: Any
 ) -> tuple[Loading, list[Load]]:
@@ -348,7 +357,7 @@ def start(
     way.versions = {name: table_version(lake, name) for name in names}
     return way, [load for load in held.values() if load.source not in labels]
 
-
+# %% ../../nbs/stages/10_ingestion.ipynb #99c9931a
 def ingest(
     lake: Lake,
     sources: Sequence[Source] | str,

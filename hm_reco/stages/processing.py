@@ -8,7 +8,7 @@ __all__ = ['WEEK', 'ALL', 'FEATURES', 'ONLINE', 'SPEND', 'SUMS', 'BASIS', 'RAW',
            'customer_features', 'Change', 'monday', 'basis_of', 'what_changed', 'weeks_between', 'Ids', 'purchases_of',
            'Moved', 'tables_of', 'process_weeks', 'process_features', 'losers', 'updated', 'process']
 
-# %% ../../nbs/stages/20_processing.ipynb #bd8b24ad
+# %% ../../nbs/stages/20_processing.ipynb #4b8ab99b
 import json
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import polars as pl
 from deltalake.exceptions import DeltaError
 
-from ..core.code import library_key
+from ..core.code import modules_key
 from ..core.lake import Lake, has_table, open_lake, open_table, scan, table_version, write
 from ..core.loads import newest
 from ..core.progress import track
@@ -46,7 +46,7 @@ def process_customers(lake: Lake, shards: int) -> int:
     sharded = mapped.with_columns(shard=shard_of(pl.col("customer"), shards))
     return write(lake, "processed/customers", sharded, plain=True)  # read with every week
 
-# %% ../../nbs/stages/20_processing.ipynb #79eb640c
+# %% ../../nbs/stages/20_processing.ipynb #f4dd61a0
 class Feature(NamedTuple):
     """A column of a processed table, in words."""
 
@@ -57,7 +57,7 @@ class Feature(NamedTuple):
     window: str
     leak_safe_since: str
 
-
+# %% ../../nbs/stages/20_processing.ipynb #99e76473
 WEEK = ("one week, Monday to Sunday", "the Monday after the week")
 ALL = ("all weeks", "the day after the last purchase in the lake")
 FEATURES = [
@@ -158,11 +158,11 @@ def monday(day: pl.Expr) -> pl.Expr:
     """The Monday of a day's week, which names the week."""
     return day.dt.truncate("1w")
 
-# %% ../../nbs/stages/20_processing.ipynb #1bfcac1b
+# %% ../../nbs/stages/20_processing.ipynb #972e87cb
 def basis_of(lake: Lake, shards: int) -> pl.DataFrame:
     """What processed tables made now depend on, as one row."""
     versions = {name: table_version(lake, name) for name in RAW}
-    code = library_key("hm_reco.stages.processing")
+    code = modules_key("hm_reco.stages.processing")
     return pl.DataFrame({"raw": [json.dumps(versions)], "shards": [shards], "code": [code]})
 
 
@@ -224,7 +224,7 @@ def purchases_of(lake: Lake, weeks: Sequence[date], ids: Ids, shards: int) -> pl
     placed = {"shard": shard_of(pl.col("customer"), shards), "week": monday(pl.col("day"))}
     return map_purchases(raw, *ids).with_columns(**placed).collect()
 
-# %% ../../nbs/stages/20_processing.ipynb #ac98e98b
+# %% ../../nbs/stages/20_processing.ipynb #4ba4ee66
 WEEKLY = "processed/weekly_customers"
 
 
@@ -252,6 +252,11 @@ def tables_of(purchases: pl.DataFrame) -> dict[str, tuple[pl.DataFrame, tuple[st
     }
 
 
+def _in_weeks(weeks: Sequence[date]) -> str:
+    """The SQL condition for some weeks."""
+    return f"week IN ({', '.join(repr(str(week)) for week in weeks)})"
+
+# %% ../../nbs/stages/20_processing.ipynb #4b254fac
 def process_weeks(lake: Lake, change: Change, shards: int, pool: ThreadPoolExecutor) -> Moved:
     """Write the tables that have weeks, in `pool`: some are computed while others are written."""
     articles = scan(lake, "processed/articles").select("article_id", "article").collect()
@@ -271,10 +276,6 @@ def process_weeks(lake: Lake, change: Change, shards: int, pool: ThreadPoolExecu
             for name, (frame, partitions) in tables.items()
         ]
     return moved
-
-
-def _in_weeks(weeks: Sequence[date]) -> str:
-    return f"week IN ({', '.join(repr(str(week)) for week in weeks)})"
 
 # %% ../../nbs/stages/20_processing.ipynb #edade36f
 def process_features(lake: Lake, change: Change, moved: Moved) -> int:
