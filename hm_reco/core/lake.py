@@ -211,9 +211,12 @@ def scan(lake: Lake, name: str, version: int | None = None) -> pl.LazyFrame:
     """A table as a lazy frame, at `version` (default: the visible one)."""
     return pl.scan_delta(open_table(lake, name, version))
 
-# %% ../../nbs/core/01_lake.ipynb #c9cfd222
+# %% ../../nbs/core/01_lake.ipynb #249ef156
 # a model may refer to a version for years; the log that tells its files is not cut
-PROPERTIES: Mapping[str, str | None] = {"delta.enableExpiredLogCleanup": "false"}
+PROPERTIES: Mapping[str, str | None] = {
+    "delta.enableExpiredLogCleanup": "false",
+    "delta.checkpointInterval": "10",  # commits; to open a table, those since the last are read
+}
 
 
 def write(

@@ -102,13 +102,16 @@ class _Object:
     def remove(self) -> None:
         self.client.delete_object(**self.at)
 
-# %% ../../nbs/core/07_lease.ipynb #b26dc923
+# %% ../../nbs/core/07_lease.ipynb #0d0c1084
+_UNKNOWN = {"process": None, "host": None}  # of an object that has just gone
+
+
 def _claim(mark: str) -> dict[str, Any]:
     """What a holder writes, something new each time."""
     holder = {"host": os.uname().nodename, "process": os.getpid(), "mark": mark}
     return holder | {"renewal": uuid4().hex}
 
-# %% ../../nbs/core/07_lease.ipynb #c4099762
+# %% ../../nbs/core/07_lease.ipynb #30058bba
 class S3Lease:
     """An object that its holder renews until it ends."""
 
@@ -141,8 +144,7 @@ class S3Lease:
 
     def holder(self) -> str:
         """Process and machine."""
-        found = self.object.look()[0]
-        return f"process {found.get('process')} on {found.get('host')}"
+        return "process {process} on {host}".format_map(_UNKNOWN | self.object.look()[0])
 
     def release(self) -> None:
         """Remove the object, if it is still ours."""
