@@ -9,18 +9,17 @@ from fastapi.testclient import TestClient
 
 from hm_reco.core.lake import Lake, scan
 from hm_reco.core.metrics import Interval
+from hm_reco.core.registry import NoModelError, champion, model_states, read_models
 from hm_reco.model.bundle import (
     MANIFEST,
-    REGISTRY,
     Bundle,
     BundleError,
-    NoModelError,
-    champion,
+    Origin,
     load_bundle,
     publish,
     save_bundle,
 )
-from hm_reco.model.evaluation import RANKER, Plan, Verdict, evaluate
+from hm_reco.model.evaluation import RANKER, Plan, evaluate, judge
 from hm_reco.model.features import labelled, open_week
 from hm_reco.model.history import (
     as_of,
@@ -59,18 +58,15 @@ def week(shop) -> Matrix:
     return to_matrix(labelled(open_week(shop, shop.day - timedelta(days=28), days=28)))
 
 
-def test_a_ranker_that_does_not_win_is_kept_but_the_baseline_serves(week):
+def test_a_ranker_that_does_not_win_is_kept_but_the_baseline_serves():
     lake = demo_lake("processing", 300)
     history = load_history(lake)
-    booster = train([week], RankerSettings(rounds=3))
-    verdict = Verdict(BASELINE, Interval(0.001, -0.001, 0.003), {})
-    version = publish(lake, verdict, booster, history.day, {}, "r1")
-    assert version == champion(lake) == "r1-baseline"
-    rows = scan(lake, REGISTRY).sort("version").collect()
-    assert rows.select("version", "champion").rows() == [
-        ("r1-baseline", True),
-        ("r1-ranker", False),
-    ]
+    plan = Plan(history.day, evaluation_weeks=1, training_weeks=12)
+    result = evaluate(history, plan, RankerSettings(rounds=3))
+    verdict = replace(judge(result.scores), lead=Interval(0.001, -0.001, 0.003), baseline=BASELINE)
+    version, told = publish(lake, result, verdict, Origin("r1", {}))
+    assert version == champion(lake) == "r1-baseline" and "champion" in told
+    assert model_states(read_models(lake)) == {"r1-ranker": "candidate", "r1-baseline": "champion"}
     assert load_bundle(lake, "r1-ranker").booster.num_trees() == 3
 
     with TestClient(create_app(lake)) as client:
@@ -84,13 +80,13 @@ def test_a_training_run_publishes_and_reports(lake: Lake):
     history = sample_history(1_500)
     plan = Plan(history.day, evaluation_weeks=1, training_weeks=5)
     settings, tables = RankerSettings(rounds=40), {"processed/x": 1}
-    trial = train_and_publish(lake, history, plan, settings, tables, "r0", enter=False)
-    assert load_bundle(lake, trial.champion).tables == tables
+    trial = train_and_publish(lake, history, plan, settings, Origin("r0", tables), enter=False)
+    assert load_bundle(lake, trial.version).tables == tables
     with pytest.raises(NoModelError):
         champion(lake)
-    trained = train_and_publish(lake, history, plan, settings, tables, "r1")
+    trained = train_and_publish(lake, history, plan, settings, Origin("r1", tables))
     metrics = metrics_of(trained)
-    assert champion(lake) == metrics["champion"]
+    assert champion(lake) == metrics["version"]
     assert metrics["map12"][RANKER][0] == pytest.approx(
         trained.verdict.means[RANKER].mean, abs=1e-6
     )
@@ -127,7 +123,7 @@ def test_weeks_without_a_hit_teach_nothing(week):
 
 
 def test_a_plan_longer_than_the_history_is_refused(shop):
-    with pytest.raises(ValueError, match="130 weeks are asked for"):
+    with pytest.raises(ValueError, match=r"100 \+ 0 \+ 30 weeks are asked for"):
         evaluate(shop, Plan(shop.day, evaluation_weeks=100, training_weeks=30))
 
 

@@ -12,7 +12,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from hm_reco.core.lake import Lake, put_file, scan
-from hm_reco.model.bundle import BundleError, champion
+from hm_reco.core.registry import champion
+from hm_reco.model.bundle import BundleError
 from hm_reco.stages.inference import EXAMPLE, MAX_BODY, create_app, load_champion, portraits
 from tests.conftest import free_port, wait_for
 

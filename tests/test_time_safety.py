@@ -6,11 +6,13 @@ from datetime import timedelta
 import polars as pl
 import pytest
 
-from hm_reco.model.candidates import learn, own_purchases
+from hm_reco.model.candidates import own_purchases
 from hm_reco.model.evaluation import BASELINES, Plan, evaluate
 from hm_reco.model.features import candidates_for, open_week
 from hm_reco.model.history import as_of, make_history, sample_history
+from hm_reco.model.known import learn
 from hm_reco.model.ranker import RankerSettings
+from hm_reco.model.tower import Tower, TowerSettings, advance, learn_vocabulary, to_bytes
 
 WEEK = timedelta(days=7)
 
@@ -46,8 +48,11 @@ def test_the_plant_is_seen_when_its_time_has_come(shop, planted):
 def test_a_later_purchase_changes_no_shared_table(shop, planted):
     day = shop.day - WEEK
     first, second = (learn(as_of(history, day)) for history in (shop, planted))
-    for table in ("state", "near", "bands"):
-        assert getattr(first, table).equals(getattr(second, table)), table
+    assert first.state.equals(second.state)
+    for tables in ("near", "segments"):
+        for kind, table in getattr(first, tables).items():
+            assert table.equals(getattr(second, tables)[kind]), (tables, kind)
+    assert (first.kin.bought != second.kin.bought).nnz == 0
 
 
 def test_a_later_purchase_changes_no_feature_and_no_baseline(shop, planted):
@@ -66,9 +71,24 @@ def test_a_later_purchase_changes_no_feature_and_no_baseline(shop, planted):
 def test_a_later_purchase_changes_no_model(shop, planted):
     plan = Plan(shop.day - WEEK, evaluation_weeks=1, training_weeks=6)
     settings = RankerSettings(rounds=20)
-    first, second = (evaluate(as_of(h, plan.as_of), plan, settings) for h in (shop, planted))
+    first, second = (
+        evaluate(as_of(h, plan.as_of), plan, settings, _tower(h)) for h in (shop, planted)
+    )
     assert first.booster.model_to_string() == second.booster.model_to_string()
-    assert first.scores.equals(second.scores)
+    assert first.scores.equals(second.scores) and first.lists.equals(second.lists)
+    assert first.probe.budget == second.probe.budget
+    assert to_bytes(first.tower) == to_bytes(second.tower)
+
+
+def _tower(history):
+    return Tower(learn_vocabulary(history.articles), TowerSettings(examples=2_000, batch=256))
+
+
+def test_a_tower_that_knows_the_week_is_refused(shop):
+    tower = _tower(shop)
+    advance(tower, shop)
+    with pytest.raises(ValueError, match="the tower has learned until"):
+        open_week(shop, shop.day - WEEK, tower=tower)
 
 
 def test_labels_are_only_of_the_week(shop):

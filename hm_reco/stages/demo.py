@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['demo_lake']
 
-# %% ../../nbs/stages/00_demo.ipynb #765243a8
+# %% ../../nbs/stages/00_demo.ipynb #d7ec51e7
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,6 +13,7 @@ from typing import Literal
 
 from ..core.lake import Lake, open_lake, table_version
 from ..core.sample import write_sample
+from ..model.bundle import Origin
 from ..model.evaluation import Plan
 from ..model.history import HISTORY_TABLES, load_history
 from ..model.ranker import RankerSettings
@@ -41,9 +42,9 @@ def demo_lake(
         _train(lake)
     return lake
 
-# %% ../../nbs/stages/00_demo.ipynb #40e0e18f
+# %% ../../nbs/stages/00_demo.ipynb #086c7a05
 def _train(lake: Lake) -> None:
     history = load_history(lake)
     plan = Plan(history.day, evaluation_weeks=2, training_weeks=4)
     tables = {name: table_version(lake, name) for name in HISTORY_TABLES}
-    train_and_publish(lake, history, plan, RankerSettings(), tables, "demo")
+    train_and_publish(lake, history, plan, RankerSettings(), Origin("demo", tables))

@@ -7,7 +7,7 @@ __all__ = ['CustomerId', 'ArticleId', 'EXAMPLE', 'log', 'MAX_BODY', 'NO_MODEL', 
            'PredictRequest', 'Article', 'Recommendation', 'PredictResponse', 'Health', 'respond', 'load_champion',
            'BodyLimit', 'create_app', 'healthz', 'predict', 'report', 'portraits']
 
-# %% ../../nbs/stages/50_inference.ipynb #9990c745
+# %% ../../nbs/stages/50_inference.ipynb #f04afa76
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -21,7 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..core.lake import Lake, MissingTableError, open_lake
-from ..model.bundle import NoModelError, champion, load_bundle
+from ..core.registry import NoModelError, champion
+from ..model.bundle import load_bundle
 from ..model.history import History, load_history, parse_day
 from ..model.history import as_of as history_as_of
 from ..model.recommend import Recommender, answer, open_recommender

@@ -8,7 +8,7 @@ __all__ = ['WEEK', 'ALL', 'FEATURES', 'ONLINE', 'SPEND', 'SUMS', 'BASIS', 'RAW',
            'customer_features', 'Change', 'monday', 'basis_of', 'what_changed', 'weeks_between', 'Ids', 'purchases_of',
            'Moved', 'tables_of', 'process_weeks', 'process_features', 'losers', 'updated', 'process']
 
-# %% ../../nbs/stages/20_processing.ipynb #4b8ab99b
+# %% ../../nbs/stages/20_processing.ipynb #f9757a24
 import json
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,8 +24,8 @@ from ..core.lake import Lake, has_table, open_lake, open_table, scan, table_vers
 from ..core.loads import newest
 from ..core.progress import track
 from ..core.shards import shard_of
-from ..model.candidates import exact_sum
 from ..model.history import map_articles, map_customers, map_purchases
+from ..model.known import exact_sum
 
 # %% ../../nbs/stages/20_processing.ipynb #c7d9815f
 def _given(lake: Lake, name: str) -> pl.DataFrame | None:
