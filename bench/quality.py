@@ -4,9 +4,9 @@
     python bench/quality.py FOLDER --weeks 52          three files as in the H&M competition
     python bench/quality.py FOLDER --no-peers          ours and the ladder of simple methods alone
 
-Every judged week is predicted as of its first day. Peers (`quality_peers.py`, in `.venv-rivals`) get
-the same purchases, the same customers and the same tuning weeks, and customers whom they do not know
-get what sells, as ours do. MAP@12 with a 95 % bootstrap interval over customers; `hits` of which a
+Every judged week is predicted as of its first day. Peers (`quality_peers.py`, in `.venv-rivals`)
+get the same purchases, customers and tuning weeks; whom they do not know gets what sells, as with
+us. MAP@12 with a 95 % bootstrap interval over customers; `hits` of which a
 share is `first-time`: articles that she had not bought before.
 """
 

@@ -2,7 +2,7 @@
 
     .venv-rivals/bin/python bench/quality_peers.py FOLDER
 
-FOLDER holds `purchases.parquet`, `judged.parquet` and `plan.json`; `lists.parquet` is written there.
+FOLDER holds `purchases.parquet`, `judged.parquet`, `plan.json`; `lists.parquet` comes to them.
 Each model is tuned over a small grid on the newest tuning week, is refitted as often as ours, and
 always recommends from all purchases before the week.
 """

@@ -22,7 +22,7 @@ from hm_reco.core.loads import LOADS
 
 HM = Path(sys.executable).with_name("hm")
 STAGES = ["ingestion", "processing", "eda", "training", "inference"]
-QUICK = ["evaluation_weeks=1", "training_weeks=2", "rounds=20"]
+QUICK = ["evaluation_weeks=1", "training_weeks=2", "rounds=20", "tower_examples=0"]
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 BUSY = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 BROKEN = b"<Error><Code>InternalError</Code><Message>We had a problem. Try again.</Message></Error>"

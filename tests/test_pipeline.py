@@ -18,6 +18,7 @@ from hm_reco.stages.processing import process
 from runner.cli import app
 
 QUICK = ["evaluation_weeks=1", "training_weeks=4", "rounds=60", "as_of=2020-09-16"]
+QUICK += ["tower_examples=2000"]
 OPTIONS = [text for assignment in QUICK for text in ("-p", assignment)]
 STAGES = ["ingestion", "processing", "eda", "training", "inference"]
 hm = CliRunner()

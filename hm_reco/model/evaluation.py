@@ -115,8 +115,8 @@ class Plan:
         if judged + tuning + training > len(weeks):
             raise ValueError(
                 f"evaluation_weeks + tuning_weeks + training_weeks: {judged} + {tuning} + "
-                f"{training} weeks are asked for, but purchases from {history.purchases['day'][0]} to "
-                f"{self.as_of} have {len(weeks)} after four weeks to start with"
+                f"{training} weeks are asked for, but purchases from "
+                f"{history.purchases['day'][0]} to {self.as_of} have {len(weeks)} after four weeks to start with"
             )
         return replace(self, tuning_weeks=tuning, training_weeks=training)
 
@@ -124,7 +124,9 @@ class Plan:
         """How many customers buy in each week, the newest first, as far as can be learned from."""
         first = history.purchases["day"][0] + timedelta(days=FIRST_DAYS)
         back = ((pl.lit(self.as_of) - pl.col("day")).dt.total_days() - 1) // self.horizon_days
-        past = history.purchases.lazy().filter(pl.col("day").is_between(first, self.as_of, closed="left"))
+        past = history.purchases.lazy().filter(
+            pl.col("day").is_between(first, self.as_of, closed="left")
+        )
         counts = past.group_by(back=back).agg(pl.col("customer").n_unique()).collect()
         whole = max((self.as_of - first).days // self.horizon_days, 0)
         by_week = dict(counts.rows())
@@ -156,7 +158,11 @@ class Probe:
     budget: dict[str, int]
 
 # %% ../../nbs/model/07_evaluation.ipynb #5edfd790
-def probe(weeks: Sequence[Week], proposed: Sequence[Mapping[str, pl.DataFrame]], seconds: Mapping[str, float]) -> Probe:
+def probe(
+    weeks: Sequence[Week],
+    proposed: Sequence[Mapping[str, pl.DataFrame]],
+    seconds: Mapping[str, float],
+) -> Probe:
     """Decide the budget on some weeks with all that was `proposed` for them."""
     parts = [
         ranked_hits(part, week.sold).with_columns(pl.col("customer").cast(pl.Int64) + (n << 40))
@@ -171,7 +177,13 @@ def probe(weeks: Sequence[Week], proposed: Sequence[Mapping[str, pl.DataFrame]],
     kept = hits.join(spent, on="source").filter(pl.col("rank") <= pl.col("budget"))
     found = hits.group_by("source", "rank").agg(pl.col("hit").sum()).sort("source", "rank")
     curves = found.select("source", "rank", recall=pl.col("hit").cum_sum().over("source") / bought)
-    return Probe(table.with_columns(pl.col("budget").fill_null(0)), curves, ceiling(hits, bought), ceiling(kept, bought), budget)
+    return Probe(
+        table.with_columns(pl.col("budget").fill_null(0)),
+        curves,
+        ceiling(hits, bought),
+        ceiling(kept, bought),
+        budget,
+    )
 
 # %% ../../nbs/model/07_evaluation.ipynb #d89a1bcc
 @dataclass
@@ -287,7 +299,9 @@ class _Judged:
         before = week.own.select("customer", "article").unique().with_columns(again=True)
         marked = lists.select("customer", "article", "rank")
         for part in (bought, before):
-            marked = marked.join(part, on=["customer", "article"], how="left", maintain_order="left")
+            marked = marked.join(
+                part, on=["customer", "article"], how="left", maintain_order="left"
+            )
         flags = pl.col("hit", "again").fill_null(value=False)
         self.lists.append(marked.with_columns(flags, pl.col("rank").cast(pl.Int16), **about))
 
@@ -295,7 +309,9 @@ class _Judged:
 def _people(week: Week) -> pl.DataFrame:
     """Who bought in the week: `age` (band), `activity`, `channel` and how many articles."""
     past = week.own.group_by("customer").agg(
-        since=pl.col("ago").min(), first=pl.col("ago").max(), channel=pl.col("channel").mean().round()
+        since=pl.col("ago").min(),
+        first=pl.col("ago").max(),
+        channel=pl.col("channel").mean().round(),
     )
     people = week.who.join(past, on="customer", how="left").join(
         week.known.customers.select("customer", age=age_band()), on="customer", how="left"
@@ -359,7 +375,9 @@ class _Learned:
         """Add the week `back` weeks ago."""
         rows = max(len(week.label), 1)
         room = MOST_ROWS / self.plan.training_weeks / rows  # type: ignore[operator]
-        self.weeks.append(thin(week, min(room, FOR_EACH * week.label.mean()), self.plan.seed + back))
+        self.weeks.append(
+            thin(week, min(room, FOR_EACH * week.label.mean()), self.plan.seed + back)
+        )
 
     def newest(self) -> list[Matrix]:
         """As many weeks as a ranker learns from."""
@@ -370,7 +388,9 @@ class _Learned:
         return self.weeks[: len(self.weeks) - last]
 
 
-def _outcome(walk: Walk, judged: _Judged, learned: _Learned, settings: RankerSettings) -> Evaluation:
+def _outcome(
+    walk: Walk, judged: _Judged, learned: _Learned, settings: RankerSettings
+) -> Evaluation:
     return Evaluation(
         walk.plan,
         pl.concat(judged.lists),

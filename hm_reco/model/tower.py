@@ -72,7 +72,9 @@ class Content:
 def read_content(vocabulary: Vocabulary, history: History) -> Content:
     """The content of all articles, with prices as paid before `history.day`."""
     articles = history.articles.sort("article")
-    number = pl.DataFrame({"word": vocabulary.words}, schema={"word": pl.String}).with_row_index("n", 1)
+    number = pl.DataFrame({"word": vocabulary.words}, schema={"word": pl.String}).with_row_index(
+        "n", 1
+    )
     known = _words(articles).join(number, on="word", maintain_order="left")
     known = known.with_columns(place=pl.int_range(pl.len()).over("article"))
     known = known.filter(pl.col("place") < WORDS_OF_ARTICLE)
@@ -83,7 +85,9 @@ def read_content(vocabulary: Vocabulary, history: History) -> Content:
         numbers = {code: n for n, code in enumerate(vocabulary.codes[level], 1)}
         coded = articles[level].replace_strict(numbers, default=0, return_dtype=pl.Int64)
         codes[articles["article"].to_numpy(), column] = coded.to_numpy()
-    return Content(torch.from_numpy(words), torch.from_numpy(codes), _price_bands(history, len(words)))
+    return Content(
+        torch.from_numpy(words), torch.from_numpy(codes), _price_bands(history, len(words))
+    )
 
 
 def _price_bands(history: History, articles: int) -> Tensor:
@@ -91,7 +95,9 @@ def _price_bands(history: History, articles: int) -> Tensor:
     paid = history.purchases.group_by("article").agg(pl.col("price").median())
     middle = history.purchases.select(pl.col("price").median()).item()
     ratio = paid["price"].to_numpy() / max(middle, 1e-9)
-    band = np.clip(np.round(np.log(np.maximum(ratio, 1e-9)) / np.log(1.5)) + PRICES // 2, 1, PRICES - 1)
+    band = np.clip(
+        np.round(np.log(np.maximum(ratio, 1e-9)) / np.log(1.5)) + PRICES // 2, 1, PRICES - 1
+    )
     bands = np.zeros(articles, np.int64)
     bands[paid["article"].to_numpy()] = band
     return torch.from_numpy(bands)
@@ -111,7 +117,9 @@ class TowerSettings:
     drawn: int = 1_024  # wrong answers drawn from all articles, beside those of the batch
     rate: float = 0.003  # of Adam
     temperature: float = 0.07
-    examples: int = 1_000_000  # learned from at first, the newest; few purchases come again and again
+    examples: int = (
+        1_000_000  # learned from at first, the newest; few purchases come again and again
+    )
     passes: int = 4  # at most, through few purchases; more learn them by heart
     seed: int = 0
 
@@ -128,7 +136,9 @@ class ArticleTower(nn.Module):
         )
         self.price = nn.Embedding(PRICES, width // 4)
         parts = width + (len(LEVELS) + 1) * (width // 4)
-        self.join = nn.Sequential(nn.Linear(parts, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.join = nn.Sequential(
+            nn.Linear(parts, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
 
     def forward(self, content: Content) -> Tensor:
         """(articles, width), of length 1."""
@@ -204,7 +214,12 @@ def to_rows(history: History) -> Rows:
     """The distinct purchases of a history as tensors, 33 bytes each."""
     ages = history.customers.lazy().select("customer", age=_age_band().cast(pl.Int8))
     once = history.purchases.lazy().select("customer", "article", "day").unique()
-    sorted_ = once.join(ages, on="customer").sort("customer", "day", "article").with_row_index("n").collect()
+    sorted_ = (
+        once.join(ages, on="customer")
+        .sort("customer", "day", "article")
+        .with_row_index("n")
+        .collect()
+    )
     begin = sorted_.select(pl.col("n").min().over("customer")).to_series()
     first = sorted_.select(pl.col("n").min().over("customer", "day")).to_series()
     columns = (sorted_["article"], sorted_["day"].to_physical(), sorted_["age"], begin, first)
@@ -225,16 +240,14 @@ def gap_band(days: Tensor) -> Tensor:
     return torch.log2(days.clamp_min(0).float() + 1).long().clamp(0, GAPS - 1)
 
 # %% ../../nbs/model/01_tower.ipynb #9bb9963a
-def sampled_softmax(
-    score: Tensor, right: Tensor, number: Tensor, logq: Tensor
-) -> Tensor:
+def sampled_softmax(score: Tensor, right: Tensor, number: Tensor, logq: Tensor) -> Tensor:
     """Mean loss of `score` (n, m), customers by articles, of which the `right` (n,) were bought.
 
     `number` (m,) are the articles' numbers, `logq` (m,) the logarithms of how often each is drawn.
     """
     score = score - logq
     same = number.unsqueeze(0) == number[right].unsqueeze(1)
-    same.scatter_(1, right.unsqueeze(1), False)  # noqa: FBT003
+    same.scatter_(1, right.unsqueeze(1), False)
     return nn.functional.cross_entropy(score.masked_fill(same, -1e4).float(), right)
 
 # %% ../../nbs/model/01_tower.ipynb #623fe7e1
@@ -340,7 +353,9 @@ def _batches(tower: Tower, rows: Rows, day: date) -> list[Tensor]:
     if not index.numel():
         return []
     draw = torch.Generator().manual_seed(settings.seed * 1_000_003 + day.toordinal())
-    passes = min(settings.passes, max(settings.examples // index.numel(), 1)) if not tower.until else 2
+    passes = (
+        min(settings.passes, max(settings.examples // index.numel(), 1)) if not tower.until else 2
+    )
     order = [index[torch.randperm(index.numel(), generator=draw)] for _ in range(passes)]
     return list(torch.cat(order).split(settings.batch))
 
@@ -350,7 +365,9 @@ EPOCH = date(1970, 1, 1).toordinal()
 # %% ../../nbs/model/01_tower.ipynb #b9c311d6
 def to_bytes(tower: Tower) -> bytes:
     """A tower with all it needs to go on learning."""
-    state = {f"weight/{name}": value.contiguous().cpu() for name, value in tower.state_dict().items()}
+    state = {
+        f"weight/{name}": value.contiguous().cpu() for name, value in tower.state_dict().items()
+    }
     state |= {f"adam/{name}": value.contiguous().cpu() for name, value in tower.adam.items()}
     about = {
         "settings": asdict(tower.settings),
@@ -408,7 +425,9 @@ class Space:
         recent = torch.from_numpy(self.articles[seen].astype(np.float32) / 127)
         with torch.inference_mode():
             gap = gap_band(torch.from_numpy(days))
-            vectors = self.tower.customer(recent, gap, torch.from_numpy(valid), torch.from_numpy(age))
+            vectors = self.tower.customer(
+                recent, gap, torch.from_numpy(valid), torch.from_numpy(age)
+            )
         return to_int8(vectors)[: who.height]
 
 
@@ -421,11 +440,16 @@ def open_space(tower: Tower, history: History) -> Space:
     """Place all articles of a history, with prices as paid before its day."""
     content = read_content(tower.vocabulary, history)
     with torch.inference_mode():
-        parts = [tower.article(content.rows(part)) for part in torch.arange(len(content.price)).split(8192)]
+        parts = [
+            tower.article(content.rows(part))
+            for part in torch.arange(len(content.price)).split(8192)
+        ]
     return Space(to_int8(torch.cat(parts)), tower)
 
 
-def nearest(space: Space, placed: np.ndarray, articles: np.ndarray, sales: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+def nearest(
+    space: Space, placed: np.ndarray, articles: np.ndarray, sales: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
     """For each placed customer the `count` best of `articles`, by likeness and the log of `sales`.
 
     Returns positions in `articles` and scores, (customers, count), in no order.

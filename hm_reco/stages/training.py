@@ -7,7 +7,7 @@ __all__ = ['TRIALS', 'TOWERS', 'Trained', 'open_tower', 'save_tower', 'train_and
            'plot_sources', 'plot_dependence', 'plot_study']
 
 # %% ../../nbs/stages/40_training.ipynb #3d2eeff5
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -56,7 +56,9 @@ def open_tower(lake: Lake, name: str, history: History, plan: Plan, examples: in
         tower = from_bytes(path.read_bytes())
         if tower.until is None or tower.until <= plan.day(_oldest(plan)):
             return tower
-    return Tower(learn_vocabulary(history.articles), TowerSettings(examples=examples, seed=plan.seed))
+    return Tower(
+        learn_vocabulary(history.articles), TowerSettings(examples=examples, seed=plan.seed)
+    )
 
 
 TOWERS = ("artifacts", "towers")
@@ -98,11 +100,18 @@ def train_and_publish(
         return found[0].settings
 
     save = partial(save_tower, lake, name)
-    result = evaluate(history, plan, settings, tower, None if tuning_minutes is None else find, save)
+    result = evaluate(
+        history, plan, settings, tower, None if tuning_minutes is None else find, save
+    )
     verdict = judge(result.scores)
     version, promotion = publish_models(lake, result, verdict, origin, enter)
     if found:
-        append(lake, TRIALS, found[0].trials.with_columns(run_id=pl.lit(origin.run_id), study=pl.lit(name)), extend=True)
+        append(
+            lake,
+            TRIALS,
+            found[0].trials.with_columns(run_id=pl.lit(origin.run_id), study=pl.lit(name)),
+            extend=True,
+        )
     bundle = bundles_of(result, verdict, origin)[0]
     return Trained(result, verdict, found[0] if found else None, version, promotion, bundle)
 
@@ -177,7 +186,9 @@ def plot_study(tuned: Tuned) -> Figure:
     done = pd.DataFrame(tuned.trials.drop_nulls("value").to_dict(as_series=False))
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(10, 3), sharey=True)
     sns.scatterplot(done, x="trial", y="value", hue="objective", ax=left)
-    sns.lineplot(x=done["trial"], y=done["value"].cummax(), ax=left, color="0.4", drawstyle="steps-post")
+    sns.lineplot(
+        x=done["trial"], y=done["value"].cummax(), ax=left, color="0.4", drawstyle="steps-post"
+    )
     for name, place in (("num_leaves", middle), ("learning_rate", right)):
         sns.scatterplot(done, x=name, y="value", hue="objective", legend=False, ax=place)
     left.set(ylabel="MAP@12 on the tuning weeks")
