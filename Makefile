@@ -3,11 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 LAB := .venv-lab/bin
 PEERS := .venv-peers/bin
+RIVALS := .venv-rivals/bin
 CUSTOMERS ?= 13720
+WEEKS ?= 4
 OPTIONS := $(if $(DATA),--data $(DATA)) $(if $(LAKE),--lake $(LAKE)) $(foreach p,$(P),-p $(p))
 
 .DEFAULT_GOAL := help
-.PHONY: help run serve lab test lint types notebooks bench pytest format lock clean
+.PHONY: help run serve lab test lint types notebooks bench quality pytest format lock clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 12
@@ -32,6 +34,13 @@ help:  ## this list
 .installed-peers: requirements.lock
 	$(PYTHON) -m venv .venv-peers
 	$(PEERS)/pip install --quiet --disable-pip-version-check -c requirements.lock duckdb pandas pyarrow
+	@touch $@
+
+# RecTools needs older pandas and numpy, so the recommenders we compare with have their own lock
+.installed-rivals: bench/rivals.lock
+	$(PYTHON) -m venv .venv-rivals
+	$(RIVALS)/pip install --quiet --disable-pip-version-check -c bench/rivals.lock torch
+	$(RIVALS)/pip install --quiet --disable-pip-version-check -r bench/rivals.lock
 	@touch $@
 
 run: .installed  ## the five stages into a lake, on the sample world or on DATA
@@ -59,6 +68,9 @@ notebooks: .installed
 bench: .installed .installed-peers  ## ingestion and processing beside peers; CUSTOMERS=1371980: full size
 	$(BIN)/python bench/data.py --customers $(CUSTOMERS)
 
+quality: .installed .installed-rivals  ## MAP@12 beside other recommenders; DATA=folder WEEKS=4
+	$(BIN)/python bench/quality.py $(DATA) --weeks $(WEEKS)
+
 # the faults, which mostly wait, beside all others
 pytest: .installed
 	$(BIN)/pytest -n 2 --dist loadfile --cov --cov-report=term --cov-fail-under=90
@@ -74,4 +86,4 @@ lock: .installed .installed-lab .installed-peers  ## write requirements.lock fro
 	  | sed 's/+cpu$$//' | sort -u > requirements.lock
 
 clean:  ## remove what make made, but no lake
-	rm -rf .venv .venv-lab .venv-peers .installed .installed-lab .installed-peers .pytest_cache .mypy_cache .ruff_cache .coverage*
+	rm -rf .venv .venv-lab .venv-peers .venv-rivals .installed .installed-lab .installed-peers .installed-rivals .pytest_cache .mypy_cache .ruff_cache .coverage*

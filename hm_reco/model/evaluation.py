@@ -116,7 +116,8 @@ class Plan:
             raise ValueError(
                 f"evaluation_weeks + tuning_weeks + training_weeks: {judged} + {tuning} + "
                 f"{training} weeks are asked for, but purchases from "
-                f"{history.purchases['day'][0]} to {self.as_of} have {len(weeks)} after four weeks to start with"
+                f"{history.purchases['day'][0]} to {self.as_of} have {len(weeks)} after four "
+                "weeks to start with"
             )
         return replace(self, tuning_weeks=tuning, training_weeks=training)
 

@@ -1,0 +1,116 @@
+"""The tower goes on where it stopped, and has an answer for who and what is new."""
+
+from dataclasses import replace
+from datetime import timedelta
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from hm_reco.model import tower as towers
+from hm_reco.model.candidates import near_in_space, own_purchases
+from hm_reco.model.history import as_of, sample_history
+from hm_reco.model.known import learn
+from hm_reco.model.tower import (
+    Tower,
+    TowerSettings,
+    advance,
+    from_bytes,
+    learn_vocabulary,
+    likeness,
+    open_space,
+    sampled_softmax,
+    to_bytes,
+)
+
+SETTINGS = TowerSettings(examples=6_000, batch=256, drawn=256)
+
+
+@pytest.fixture(scope="module")
+def shop():
+    return sample_history(600)
+
+
+@pytest.fixture(scope="module")
+def tower(shop):
+    tower = Tower(learn_vocabulary(shop.articles), SETTINGS)
+    advance(tower, shop)
+    return tower
+
+
+def test_a_run_broken_off_goes_on_from_its_checkpoint(shop, tower, monkeypatch):
+    monkeypatch.setattr(towers, "SAVE_EVERY", 5)
+    saved: list[bytes] = []
+
+    def save(unfinished: Tower) -> None:
+        saved.append(to_bytes(unfinished))
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        advance(Tower(learn_vocabulary(shop.articles), SETTINGS), shop, save=save)
+    again = from_bytes(saved[-1])
+    assert again.until is None and again.done == 10
+    advance(again, shop)
+    assert to_bytes(again) == to_bytes(tower)
+
+
+def test_another_seed_is_another_tower(shop, tower):
+    other = Tower(learn_vocabulary(shop.articles), replace(SETTINGS, seed=1))
+    advance(other, shop)
+    assert to_bytes(other) != to_bytes(tower)
+
+
+def test_bytes_that_are_no_tower_are_refused():
+    with pytest.raises(ValueError, match="no tower"):
+        from_bytes(b"\x10\0\0\0\0\0\0\0" + b"{}".ljust(16))
+
+
+def test_an_article_never_sold_lies_nearer_to_its_variants_than_to_others(shop, tower):
+    known = set(shop.purchases["article"].unique().to_list())
+    vectors, places = open_space(tower, shop).articles, []
+    for articles in shop.articles.group_by("product").agg("article")["article"].to_list():
+        new, old = ([a for a in articles if (a in known) is sold] for sold in (False, True))
+        if new and old:
+            near = likeness(vectors, np.broadcast_to(vectors[new[0]], vectors.shape))
+            places.append((near < near[old[0]]).mean())
+    assert len(places) > 20 and np.mean(places) > 0.8
+
+
+def test_a_visitor_with_three_clicks_is_not_a_stranger(shop, tower):
+    known = learn(shop, tower)
+    who = pl.DataFrame({"customer": [-1]}, schema={"customer": pl.Int32})
+    nothing = own_purchases(shop, who)
+    seen = own_purchases(shop, shop.customers).sort("ago", "customer", "article").head(3)
+    clicks = seen.with_columns(customer=pl.lit(-1, pl.Int32))
+    lists = [near_in_space(known, own, who, 12)["article"].to_list() for own in (nothing, clicks)]
+    assert len(lists[0]) == len(lists[1]) == 12 and lists[0] != lists[1]
+
+
+def test_a_customer_alone_has_the_vector_that_she_has_in_company(shop, tower):
+    space, own = open_space(tower, shop), own_purchases(shop, shop.customers)
+    together = space.place(own, shop.customers)
+    some = [0, 7, 300, 599]
+    alone = [space.place(own, shop.customers[n]) for n in some]
+    assert np.array_equal(np.concatenate(alone), together[some])
+
+
+def test_weeks_are_learned_one_by_one(shop):
+    tower = Tower(learn_vocabulary(shop.articles), SETTINGS)
+    before = as_of(shop, shop.day - timedelta(days=7))
+    advance(tower, before)
+    steps = tower.steps
+    assert tower.until == before.day and advance(tower, before) == []
+    assert len(advance(tower, shop)) > 0 and tower.steps > steps and tower.until == shop.day
+
+
+def test_logq_takes_back_what_being_drawn_often_adds():
+    score = torch.tensor([[1.0, 2.0, 3.0]])
+    number, right = torch.tensor([4, 5, 6]), torch.tensor([0])
+    even = sampled_softmax(score, right, number, torch.full((3,), -1.0))
+    assert torch.isclose(even, torch.nn.functional.cross_entropy(score, right))
+    often = sampled_softmax(score, right, number, torch.tensor([-1.0, -1.0, 1.0]))
+    assert often < even  # the third was easy to be drawn: its score counts less
+    twin = sampled_softmax(score, right, torch.tensor([4, 5, 4]), torch.full((3,), -1.0))
+    assert torch.isclose(twin, torch.nn.functional.cross_entropy(score[:, :2], right))

@@ -1,0 +1,77 @@
+"""A study survives its process, and luck does not choose."""
+
+from datetime import timedelta
+
+import numpy as np
+import pytest
+
+from hm_reco.core.lake import Lake
+from hm_reco.model import tuning
+from hm_reco.model.evaluation import Plan, evaluate
+from hm_reco.model.features import labelled, open_week
+from hm_reco.model.history import sample_history
+from hm_reco.model.ranker import RankerSettings, thin, to_matrix
+from hm_reco.model.tuning import Exam, smoothed, tune
+
+
+@pytest.fixture(scope="module")
+def shop():
+    return sample_history(600)
+
+
+@pytest.fixture(scope="module")
+def weeks(shop):
+    opened = [open_week(shop, shop.day - timedelta(days=28 * n), days=28) for n in (1, 2, 3)]
+    return [(week, to_matrix(labelled(week))) for week in opened]
+
+
+def test_a_study_goes_on_after_a_kill(lake: Lake, weeks, monkeypatch):
+    exams = [Exam(matrix, week.sold) for week, matrix in weeks[:1]]
+    learned = [thin(matrix, 0.2, n) for n, (_, matrix) in enumerate(weeks[1:])]
+    real, calls = tuning.enough_trees, []
+
+    def killed(*words):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*words)
+
+    monkeypatch.setattr(tuning, "enough_trees", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tune(lake, "study", learned, exams, RankerSettings(), minutes=5)
+    again = tune(lake, "study", learned, exams, RankerSettings(), minutes=0)
+    done = again.trials.filter(state="complete")
+    assert done["trial"].to_list()[:2] == [0, 1] and len(calls) == 3
+    assert again.settings.rounds in done["rounds"].to_list()
+
+
+def test_a_lucky_trial_does_not_replace_the_usual_settings(lake: Lake, weeks, monkeypatch):
+    usual = RankerSettings()
+    exams = [Exam(matrix, week.sold) for week, matrix in weeks[:1]]
+    count = exams[0].customers.size
+    marks = iter([np.full(count, 0.02), np.r_[np.full(count - 1, 0.02), 0.9]])
+    monkeypatch.setattr(tuning, "enough_trees", lambda *words: (50, next(marks)))
+    monkeypatch.setattr(tuning, "_complete", lambda study: len(study.trials) == 2)
+    tuned = tune(lake, "luck", [m for _, m in weeks[1:]], exams, usual)
+    assert tuned.trials["value"].to_list()[1] > tuned.trials["value"].to_list()[0]
+    assert tuned.settings.num_leaves == usual.num_leaves and tuned.value == pytest.approx(0.02)
+
+
+def test_settings_are_chosen_on_weeks_before_the_judged_ones(shop):
+    plan = Plan(shop.day, evaluation_weeks=2, tuning_weeks=3, training_weeks=6)
+    asked = []
+
+    def find(learned, exams):
+        asked.append((len(learned), [set(exam.sold["customer"]) for exam in exams]))
+        return RankerSettings(rounds=10)
+
+    result = evaluate(shop, plan, find=find)
+    days = [shop.day - timedelta(days=7 * back) for back in (5, 4, 3)]
+    buyers = [set(open_week(shop, day).who["customer"]) for day in days]
+    assert asked == [(6, buyers)] and result.settings.rounds == 10
+    assert result.scores["day"].min() == shop.day - timedelta(days=14)
+
+
+def test_smoothing_by_hand():
+    assert smoothed([1.0] * 9 + [10.0])[0] == 1.0
+    assert smoothed([1.0] * 9 + [10.0])[-1] == pytest.approx((4 * 1.0 + 10.0) / 5)
