@@ -560,6 +560,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'hm_reco.model.tower._past': ('model/tower.html#_past', 'hm_reco/model/tower.py'),
                                      'hm_reco.model.tower._price_bands': ('model/tower.html#_price_bands', 'hm_reco/model/tower.py'),
                                      'hm_reco.model.tower._words': ('model/tower.html#_words', 'hm_reco/model/tower.py'),
+                                     'hm_reco.model.tower._words_and_codes': ( 'model/tower.html#_words_and_codes',
+                                                                               'hm_reco/model/tower.py'),
                                      'hm_reco.model.tower.advance': ('model/tower.html#advance', 'hm_reco/model/tower.py'),
                                      'hm_reco.model.tower.from_bytes': ('model/tower.html#from_bytes', 'hm_reco/model/tower.py'),
                                      'hm_reco.model.tower.gap_band': ('model/tower.html#gap_band', 'hm_reco/model/tower.py'),

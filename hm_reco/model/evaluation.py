@@ -92,6 +92,7 @@ class Plan:
     evaluation_weeks: int = 4
     training_weeks: int | None = None  # None: as `LEARN_FROM` says
     tuning_weeks: int | None = None  # None: as `TUNE_ON` says; 0: nothing is chosen
+    pooled_weeks: int | None = None  # learned from at most, when later weeks have more behind them
     refit_every: int = 4
     customers_per_week: int = 10_000  # buyers looked at in each week, by lot; 0: all
     seed: int = 0
@@ -119,7 +120,9 @@ class Plan:
                 f"{history.purchases['day'][0]} to {self.as_of} have {len(weeks)} after four "
                 "weeks to start with"
             )
-        return replace(self, tuning_weeks=tuning, training_weeks=training)
+        pooled = self.training_weeks or _weeks_for(weeks, *LEARN_FROM)
+        pooled = self.pooled_weeks or max(pooled, training)
+        return replace(self, tuning_weeks=tuning, training_weeks=training, pooled_weeks=pooled)
 
     def _buyers(self, history: History) -> list[int]:
         """How many customers buy in each week, the newest first, as far as can be learned from."""
@@ -375,14 +378,14 @@ class _Learned:
     def add(self, back: int, week: Matrix) -> None:
         """Add the week `back` weeks ago."""
         rows = max(len(week.label), 1)
-        room = MOST_ROWS / self.plan.training_weeks / rows  # type: ignore[operator]
+        room = MOST_ROWS / self.plan.pooled_weeks / rows  # type: ignore[operator]
         self.weeks.append(
             thin(week, min(room, FOR_EACH * week.label.mean()), self.plan.seed + back)
         )
 
     def newest(self) -> list[Matrix]:
         """As many weeks as a ranker learns from."""
-        return self.weeks[-self.plan.training_weeks :]  # type: ignore[operator]
+        return self.weeks[-self.plan.pooled_weeks :]  # type: ignore[operator]
 
     def without(self, last: int) -> list[Matrix]:
         """All but the newest `last` weeks."""

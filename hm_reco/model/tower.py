@@ -69,8 +69,18 @@ class Content:
         return Content(*(part.to(device) for part in vars(self).values()))
 
 
-def read_content(vocabulary: Vocabulary, history: History) -> Content:
-    """The content of all articles, with prices as paid before `history.day`."""
+def read_content(tower: "Tower", history: History) -> Content:
+    """The content of all articles, with prices as paid before `history.day`.
+
+    Words and codes are read once for a catalogue, and kept with the tower.
+    """
+    if tower.catalogue is None or tower.catalogue[0] is not history.articles:
+        tower.catalogue = (history.articles, *_words_and_codes(tower.vocabulary, history))
+    _, words, codes = tower.catalogue
+    return Content(words, codes, _price_bands(history, len(words)))
+
+
+def _words_and_codes(vocabulary: Vocabulary, history: History) -> tuple[Tensor, Tensor]:
     articles = history.articles.sort("article")
     number = pl.DataFrame({"word": vocabulary.words}, schema={"word": pl.String}).with_row_index(
         "n", 1
@@ -85,9 +95,7 @@ def read_content(vocabulary: Vocabulary, history: History) -> Content:
         numbers = {code: n for n, code in enumerate(vocabulary.codes[level], 1)}
         coded = articles[level].replace_strict(numbers, default=0, return_dtype=pl.Int64)
         codes[articles["article"].to_numpy(), column] = coded.to_numpy()
-    return Content(
-        torch.from_numpy(words), torch.from_numpy(codes), _price_bands(history, len(words))
-    )
+    return torch.from_numpy(words), torch.from_numpy(codes)
 
 
 def _price_bands(history: History, articles: int) -> Tensor:
@@ -181,6 +189,7 @@ class Tower(nn.Module):
             self.article = ArticleTower(vocabulary, settings.width)
             self.customer = CustomerTower(settings.width, settings.heads)
         self.vocabulary, self.settings = vocabulary, settings
+        self.catalogue: tuple[pl.DataFrame, Tensor, Tensor] | None = None  # see `read_content`
         self.adam: dict[str, Tensor] = {}  # the optimizer's state, see `Learner.keep`
         self.until: date | None = None  # first day not learned yet
         self.steps = self.done = 0  # in all, and since `until`
@@ -328,7 +337,7 @@ def advance(
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     rows = to_rows(history)
     batches = _batches(tower, rows, history.day)
-    learner = Learner(tower, read_content(tower.vocabulary, history), rows, where)
+    learner = Learner(tower, read_content(tower, history), rows, where)
     losses = []
     torch.use_deterministic_algorithms(mode=True)
     for batch in track(batches[tower.done :], "steps of the tower"):
@@ -438,7 +447,7 @@ def to_int8(vectors: Tensor) -> np.ndarray:
 
 def open_space(tower: Tower, history: History) -> Space:
     """Place all articles of a history, with prices as paid before its day."""
-    content = read_content(tower.vocabulary, history)
+    content = read_content(tower, history)
     with torch.inference_mode():
         parts = [
             tower.article(content.rows(part))
