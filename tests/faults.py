@@ -126,7 +126,7 @@ def contents(lake: Lake) -> dict[str, pl.DataFrame]:
         if told or not has_table(now, name):
             continue
         rows = scan(now, name).collect()
-        rows = rows.drop("version", "created", "run_id", "tables", strict=False)
+        rows = rows.drop("version", "created", "run_id", "tables", "notebook", strict=False)
         found[name] = rows.sort(rows.columns) if rows.height else rows
     return found
 
