@@ -340,7 +340,8 @@ def advance(
     learner = Learner(tower, read_content(tower, history), rows, where)
     losses = []
     torch.use_deterministic_algorithms(mode=True)
-    for batch in track(batches[tower.done :], "steps of the tower"):
+    todo = batches[tower.done :]
+    for batch in todo if tower.until else track(todo, "steps of the tower"):
         losses.append(learner.learn(batch.to(where)))
         tower.done += 1
         if save and tower.done % SAVE_EVERY == 0:
