@@ -30,7 +30,7 @@ from hm_reco.core.sample import write_sample
 from hm_reco.model.candidates import own_purchases, popular
 from hm_reco.model.evaluation import Evaluation, Plan, evaluate, filled, means
 from hm_reco.model.history import History, as_of, load_history, week_of
-from hm_reco.model.known import Known, article_state
+from hm_reco.model.known import learn
 from hm_reco.model.ranker import RankerSettings
 from hm_reco.model.tower import Tower, TowerSettings, learn_vocabulary
 from hm_reco.model.tuning import tune
@@ -93,7 +93,7 @@ def _filled(history: History, lists: pl.DataFrame) -> pl.DataFrame:
     day = lists["day"][0]
     before = as_of(history, day)
     empty = own_purchases(before, lists.select("customer").clear())
-    known = Known(day, article_state(before), {}, {}, None, history.customers)  # type: ignore[arg-type]
+    known = learn(before)
     parts = []
     for method in lists["method"].unique().sort():
         mine = lists.filter(method=method).filter(pl.col("article").is_not_null())

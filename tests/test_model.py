@@ -15,6 +15,7 @@ from hm_reco.model.bundle import (
     Bundle,
     BundleError,
     Origin,
+    bundles_of,
     load_bundle,
     publish,
     save_bundle,
@@ -64,8 +65,9 @@ def test_a_ranker_that_does_not_win_is_kept_but_the_baseline_serves():
     plan = Plan(history.day, evaluation_weeks=1, training_weeks=12)
     result = evaluate(history, plan, RankerSettings(rounds=3))
     verdict = replace(judge(result.scores), lead=Interval(0.001, -0.001, 0.003), baseline=BASELINE)
-    version, told = publish(lake, result, verdict, Origin("r1", {}))
-    assert version == champion(lake) == "r1-baseline" and "champion" in told
+    origin = Origin("r1", {})
+    told = publish(lake, bundles_of(result, verdict, origin), result.scores, origin)
+    assert champion(lake) == "r1-baseline" and "champion" in told
     assert model_states(read_models(lake)) == {"r1-ranker": "candidate", "r1-baseline": "champion"}
     assert load_bundle(lake, "r1-ranker").booster.num_trees() == 3
 
@@ -81,7 +83,7 @@ def test_a_training_run_publishes_and_reports(lake: Lake):
     plan = Plan(history.day, evaluation_weeks=1, training_weeks=5)
     settings, tables = RankerSettings(rounds=40), {"processed/x": 1}
     trial = train_and_publish(lake, history, plan, settings, Origin("r0", tables), enter=False)
-    assert load_bundle(lake, trial.version).tables == tables
+    assert load_bundle(lake, trial.bundles[-1].version).tables == tables
     with pytest.raises(NoModelError):
         champion(lake)
     trained = train_and_publish(lake, history, plan, settings, Origin("r1", tables))

@@ -49,6 +49,10 @@ def test_each_stage_left_its_row_notebook_and_report(folder_lake):
     training = next(entry for entry in entries if entry.stage == "training")
     assert training.parameters["as_of"] == "2020-09-16" and training.parameters["rounds"] == 60
     assert training.origins["rounds"] == "-p" and training.origins["seed"] == "notebook"
+    used = training.metrics["plan"]
+    assert {name: used[name] for name in used if name in training.parameters} == {
+        name: value for name, value in training.parameters.items() if name in used
+    } | {"tuning_weeks": 0}  # nothing is left to choose when `rounds` is given
 
 
 def test_reports_are_self_contained_and_hide_code(folder_lake):

@@ -6,15 +6,16 @@
 __all__ = ['RANKER_FILE', 'TOWER_FILE', 'MANIFEST', 'BundleError', 'Bundle', 'save_bundle', 'load_bundle', 'remove_incomplete',
            'Origin', 'bundles_of', 'publish']
 
-# %% ../../nbs/model/08_bundle.ipynb #1d747e80
+# %% ../../nbs/model/08_bundle.ipynb #69653be4
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import Any
 
 import lightgbm as lgb
+import polars as pl
 
 from ..core.lake import Lake, LakePath, find_file, put_file
 from ..core.metrics import bootstrap
@@ -119,7 +120,7 @@ def remove_incomplete(lake: Lake) -> list[str]:
             path.unlink()
     return [folder.name for folder in incomplete]
 
-# %% ../../nbs/model/08_bundle.ipynb #17d9cb4e
+# %% ../../nbs/model/08_bundle.ipynb #b3ab4ee3
 @dataclass(frozen=True)
 class Origin:
     """Where a model came from."""
@@ -150,7 +151,7 @@ def bundles_of(result: Evaluation, verdict: Verdict, origin: Origin) -> list[Bun
         Bundle(f"{origin.run_id}-baseline", verdict.baseline, day, None, metrics, tables),
     ]
 
-
+# %% ../../nbs/model/08_bundle.ipynb #c0d82b0b
 def _weekly(result: Evaluation) -> dict[str, dict[str, list[float]]]:
     """By method and week: MAP@12 and its 95 % interval."""
     found: dict[str, dict[str, list[float]]] = {}
@@ -162,19 +163,18 @@ def _weekly(result: Evaluation) -> dict[str, dict[str, list[float]]]:
         ]
     return found
 
-# %% ../../nbs/model/08_bundle.ipynb #4115c812
+# %% ../../nbs/model/08_bundle.ipynb #10fee13c
 def publish(
-    lake: Lake, result: Evaluation, verdict: Verdict, origin: Origin, enter: bool = True
-) -> tuple[str, str]:
-    """Save and (`enter`) register what training made, and promote the better one if it may be.
+    lake: Lake, bundles: Sequence[Bundle], scores: pl.DataFrame, origin: Origin, enter: bool = True
+) -> str:
+    """Save and (`enter`) register bundles, and promote the last one if it may be.
 
-    Returns its version, and what came of it in words.
+    `scores` are those of an `Evaluation`. Returns what came of it, in words.
     """
     if enter:
         remove_incomplete(lake)
-    bundles = bundles_of(result, verdict, origin)
     for bundle in bundles:
-        put_scores(lake, bundle.version, result.scores)
+        put_scores(lake, bundle.version, scores)
         save_bundle(lake, bundle)
         if enter:
             about = (str(bundle.as_of), origin.run_id, origin.git_commit)
@@ -185,7 +185,7 @@ def publish(
                 lake, replace(model, metrics=dict(bundle.metrics), tables=dict(bundle.tables))
             )
     version = bundles[-1].version
-    return version, _promoted(lake, version) if enter else "a trial among others, not registered"
+    return _promoted(lake, version) if enter else "a trial among others, not registered"
 
 
 def _promoted(lake: Lake, version: str) -> str:

@@ -9,9 +9,8 @@ __all__ = ['NEW_DAYS', 'NEW_ARTICLES', 'CONTENT', 'ON_SALE', 'NO_CANDIDATES', 'S
            'new_like_hers', 'near_in_space', 'placed', 'Source', 'propose', 'cut', 'union', 'ranked_hits',
            'recall_by_source', 'ceiling', 'spend']
 
-# %% ../../nbs/model/03_candidates.ipynb #a8f6f982
+# %% ../../nbs/model/03_candidates.ipynb #280542f6
 from collections.abc import Mapping
-from time import perf_counter
 from typing import Protocol
 
 import numpy as np

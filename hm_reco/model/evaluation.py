@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Baseline', 'BASELINES', 'FIRST_DAYS', 'LEARN_FROM', 'TUNE_ON', 'PROBE', 'MOST_ROWS', 'FOR_EACH', 'Find', 'filled',
-           'Plan', 'Probe', 'probe', 'Walk', 'Evaluation', 'evaluate', 'means', 'difference', 'Verdict', 'judge',
-           'ladder_table', 'weekly_table']
+           'Plan', 'weekly_buyers', 'fitted', 'Probe', 'probe', 'Walk', 'Evaluation', 'evaluate', 'means', 'difference',
+           'Verdict', 'judge', 'ladder_table', 'weekly_table']
 
 # %% ../../nbs/model/07_evaluation.ipynb #ac7651a8
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -78,7 +78,7 @@ BASELINES: dict[str, Baseline] = {
     "own history, half-life 60 days": _own(60),
 }
 
-# %% ../../nbs/model/07_evaluation.ipynb #b3de8a55
+# %% ../../nbs/model/07_evaluation.ipynb #90714d31
 FIRST_DAYS = 28  # of the data are not learned from: nobody has a past yet
 LEARN_FROM, TUNE_ON = (20_000, 8, 40), (2_000, 2, 26)  # buyers, fewest weeks, most weeks
 
@@ -92,10 +92,10 @@ class Plan:
     evaluation_weeks: int = 4
     training_weeks: int | None = None  # None: as `LEARN_FROM` says
     tuning_weeks: int | None = None  # None: as `TUNE_ON` says; 0: nothing is chosen
-    pooled_weeks: int | None = None  # learned from at most, when later weeks have more behind them
     refit_every: int = 4
     customers_per_week: int = 10_000  # buyers looked at in each week, by lot; 0: all
     seed: int = 0
+    pooled_weeks: int | None = None  # learned from at most, where more lie behind; None: as above
 
     def day(self, back: int) -> date:
         """First day of the week that lies `back` weeks before `as_of`; 1 is the last one."""
@@ -106,36 +106,17 @@ class Plan:
         for last in range(self.evaluation_weeks, 0, -self.refit_every):
             yield range(last, max(last - self.refit_every, 0), -1)
 
-    def fitted(self, history: History) -> "Plan":
-        """The plan with all numbers set. Raises `ValueError` when the history is too short."""
-        weeks, judged = self._buyers(history), self.evaluation_weeks
-        tuning = self.tuning_weeks
-        if tuning is None:
-            tuning = _weeks_for(weeks[judged:], *TUNE_ON)
-        training = self.training_weeks or _weeks_for(weeks[judged + tuning :], *LEARN_FROM)
-        if judged + tuning + training > len(weeks):
-            raise ValueError(
-                f"evaluation_weeks + tuning_weeks + training_weeks: {judged} + {tuning} + "
-                f"{training} weeks are asked for, but purchases from "
-                f"{history.purchases['day'][0]} to {self.as_of} have {len(weeks)} after four "
-                "weeks to start with"
-            )
-        pooled = self.training_weeks or _weeks_for(weeks, *LEARN_FROM)
-        pooled = self.pooled_weeks or max(pooled, training)
-        return replace(self, tuning_weeks=tuning, training_weeks=training, pooled_weeks=pooled)
-
-    def _buyers(self, history: History) -> list[int]:
-        """How many customers buy in each week, the newest first, as far as can be learned from."""
-        first = history.purchases["day"][0] + timedelta(days=FIRST_DAYS)
-        back = ((pl.lit(self.as_of) - pl.col("day")).dt.total_days() - 1) // self.horizon_days
-        past = history.purchases.lazy().filter(
-            pl.col("day").is_between(first, self.as_of, closed="left")
-        )
-        counts = past.group_by(back=back).agg(pl.col("customer").n_unique()).collect()
-        whole = max((self.as_of - first).days // self.horizon_days, 0)
-        by_week = dict(counts.rows())
-        most = self.customers_per_week or max(by_week.values(), default=0)
-        return [min(by_week.get(n, 0), most) for n in range(whole)]
+# %% ../../nbs/model/07_evaluation.ipynb #cf532637
+def weekly_buyers(plan: Plan, history: History) -> list[int]:
+    """How many customers buy in each week, the newest first, as far as can be learned from."""
+    first = history.purchases["day"][0] + timedelta(days=FIRST_DAYS)
+    back = ((pl.lit(plan.as_of) - pl.col("day")).dt.total_days() - 1) // plan.horizon_days
+    past = pl.col("day").is_between(first, plan.as_of, closed="left")
+    rows = history.purchases.lazy().filter(past).group_by(back=back)
+    by_week = dict(rows.agg(pl.col("customer").n_unique()).collect().rows())
+    most = plan.customers_per_week or max(by_week.values(), default=0)
+    whole = max((plan.as_of - first).days // plan.horizon_days, 0)
+    return [min(by_week.get(n, 0), most) for n in range(whole)]
 
 
 def _weeks_for(buyers: list[int], enough: int, fewest: int, most: int) -> int:
@@ -146,6 +127,23 @@ def _weeks_for(buyers: list[int], enough: int, fewest: int, most: int) -> int:
         if total >= enough and weeks >= fewest:
             return weeks
     return max(min(len(buyers), most), fewest)
+
+# %% ../../nbs/model/07_evaluation.ipynb #5107b0a1
+def fitted(plan: Plan, history: History) -> Plan:
+    """The plan with all numbers set. Raises `ValueError` when the history is too short."""
+    weeks, judged, tuning = weekly_buyers(plan, history), plan.evaluation_weeks, plan.tuning_weeks
+    if tuning is None:
+        tuning = _weeks_for(weeks[judged:], *TUNE_ON)
+    training = plan.training_weeks or _weeks_for(weeks[judged + tuning :], *LEARN_FROM)
+    if judged + tuning + training > len(weeks):
+        raise ValueError(
+            f"evaluation_weeks + tuning_weeks + training_weeks: {judged} + {tuning} + {training} "
+            f"weeks are asked for, but purchases from {history.purchases['day'][0]} to "
+            f"{plan.as_of} have {len(weeks)} after four weeks to start with"
+        )
+    pooled = plan.pooled_weeks or plan.training_weeks
+    pooled = pooled or max(_weeks_for(weeks, *LEARN_FROM), training)
+    return replace(plan, tuning_weeks=tuning, training_weeks=training, pooled_weeks=pooled)
 
 # %% ../../nbs/model/07_evaluation.ipynb #f2a2495b
 PROBE = 1_000  # buyers on whose weeks the budget is decided
@@ -189,7 +187,7 @@ def probe(
         budget,
     )
 
-# %% ../../nbs/model/07_evaluation.ipynb #d89a1bcc
+# %% ../../nbs/model/07_evaluation.ipynb #eed391dd
 @dataclass
 class Walk:
     """A history walked through week by week, each as of its first day."""
@@ -210,7 +208,7 @@ class Walk:
 
     def weeks(self, first: int) -> Iterator[tuple[int, Week, Matrix]]:
         """The weeks from `first` weeks back to the last one, each with its candidates' features."""
-        probed = self._probe(first)
+        probed = _decide(self, first)
         for back in track(range(first, 0, -1), "weeks of candidates and features"):
             week, proposed = probed.pop(back) if back in probed else self._propose(back)
             yield back, week, to_matrix(labelled(week, proposed))
@@ -219,21 +217,22 @@ class Walk:
         week = self.open(back)
         return week, propose(week.known, week.own, week.who, self.probe.budget)  # type: ignore[union-attr]
 
-    def _probe(self, first: int) -> dict[int, tuple[Week, dict[str, pl.DataFrame]]]:
-        """The oldest weeks, with candidates by the budget that they decide."""
-        opened: dict[int, Week] = {}
-        proposed: list[dict[str, pl.DataFrame]] = []
-        seconds = dict.fromkeys(SOURCES, 0.0)
-        for back in range(first, max(first // 2, 1), -1):
-            opened[back] = self.open(back)
-            proposed.append(_timed(opened[back], seconds))
-            if sum(week.who.height for week in opened.values()) >= PROBE:
-                break
-        self.probe = probe(list(opened.values()), proposed, seconds)
-        budget = self.probe.budget
-        return {b: (w, cut(p, budget)) for (b, w), p in zip(opened.items(), proposed, strict=True)}
+# %% ../../nbs/model/07_evaluation.ipynb #5a95c3db
+def _decide(walk: Walk, first: int) -> dict[int, tuple[Week, dict[str, pl.DataFrame]]]:
+    """Probe the oldest weeks; they come back with candidates by the budget that they decide."""
+    opened: dict[int, Week] = {}
+    proposed: list[dict[str, pl.DataFrame]] = []
+    seconds = dict.fromkeys(SOURCES, 0.0)
+    for back in range(first, max(first // 2, 1), -1):
+        opened[back] = walk.open(back)
+        proposed.append(_timed(opened[back], seconds))
+        if sum(week.who.height for week in opened.values()) >= PROBE:
+            break
+    walk.probe = probe(list(opened.values()), proposed, seconds)
+    cuts = [cut(part, walk.probe.budget) for part in proposed]
+    return dict(zip(opened, zip(opened.values(), cuts, strict=True), strict=True))
 
-
+# %% ../../nbs/model/07_evaluation.ipynb #2a66564f
 def _timed(week: Week, seconds: dict[str, float]) -> dict[str, pl.DataFrame]:
     """All that the sources propose; their `seconds` are added to."""
     proposed: dict[str, pl.DataFrame] = {}
@@ -272,7 +271,7 @@ class Evaluation:
     sample: Matrix  # the last weeks thinned, to look at what the ranker does
     candidate_recall: float  # share of the judged weeks' purchases among the candidates
 
-# %% ../../nbs/model/07_evaluation.ipynb #725297f1
+# %% ../../nbs/model/07_evaluation.ipynb #a84e7996
 @dataclass
 class _Judged:
     """Tables of judged weeks, as `Evaluation` has them."""
@@ -309,7 +308,7 @@ class _Judged:
         flags = pl.col("hit", "again").fill_null(value=False)
         self.lists.append(marked.with_columns(flags, pl.col("rank").cast(pl.Int16), **about))
 
-
+# %% ../../nbs/model/07_evaluation.ipynb #276af57f
 def _people(week: Week) -> pl.DataFrame:
     """Who bought in the week: `age` (band), `activity`, `channel` and how many articles."""
     past = week.own.group_by("customer").agg(
@@ -332,7 +331,7 @@ def _activity() -> pl.Expr:
     named = pl.when(since.is_null()).then(pl.lit("cold")).when(first <= 28).then(pl.lit("new"))
     return named.when(since > 91).then(pl.lit("cooled")).otherwise(pl.lit("active"))
 
-# %% ../../nbs/model/07_evaluation.ipynb #10e82ef1
+# %% ../../nbs/model/07_evaluation.ipynb #e943521e
 def evaluate(
     history: History,
     plan: Plan,
@@ -347,7 +346,7 @@ def evaluate(
     learns on the way, and `keep` saves it. Raises `ValueError` when the history is too short.
     """
     settings = settings or RankerSettings()
-    plan = (plan if find else replace(plan, tuning_weeks=0)).fitted(history)
+    plan = fitted(plan if find else replace(plan, tuning_weeks=0), history)
     walk = Walk(history, plan, tower, keep)
     learned, exams, judged = _Learned(plan), list[Exam](), _Judged()
     booster: lgb.Booster | None = None
@@ -367,7 +366,7 @@ def evaluate(
         advance(tower, history, save=keep)
     return _outcome(walk, judged, learned, settings)
 
-# %% ../../nbs/model/07_evaluation.ipynb #168cfdb4
+# %% ../../nbs/model/07_evaluation.ipynb #f168174a
 @dataclass
 class _Learned:
     """Weeks to learn from, thinned."""
@@ -391,7 +390,7 @@ class _Learned:
         """All but the newest `last` weeks."""
         return self.weeks[: len(self.weeks) - last]
 
-
+# %% ../../nbs/model/07_evaluation.ipynb #10dd4ed1
 def _outcome(
     walk: Walk, judged: _Judged, learned: _Learned, settings: RankerSettings
 ) -> Evaluation:

@@ -20,7 +20,7 @@ from .features import candidates_for
 from .ranker import Matrix, to_matrix
 from .recommend import Recommender
 
-# %% ../../nbs/model/10_insight.ipynb #17c8572b
+# %% ../../nbs/model/10_insight.ipynb #91522897
 def quality_table(result: Evaluation) -> pd.DataFrame:
     """By method: the measures above, over all judged weeks."""
     lists = result.lists.filter(pl.col("rank") <= 12).lazy()
@@ -44,7 +44,7 @@ def quality_table(result: Evaluation) -> pd.DataFrame:
     kept = table.select("method", *names, "coverage", "novelty", "diversity").rename(names)
     return pd.DataFrame(kept.to_dict(as_series=False)).set_index("method").rename_axis(None)
 
-
+# %% ../../nbs/model/10_insight.ipynb #858d5820
 def _ndcg(result: Evaluation) -> pl.DataFrame:
     """NDCG@12 by method: gain over the gain of a list that has all purchases at its top."""
     gain = (1 / (pl.col("rank") + 1).log(2)).filter("hit").sum()
@@ -72,7 +72,7 @@ def _shown(result: Evaluation) -> pl.DataFrame:
     coverage = (pl.col("article") / pl.col("len")).mean()
     return each.group_by("method").agg(coverage=coverage, novelty=pl.col("bits").mean())
 
-
+# %% ../../nbs/model/10_insight.ipynb #d201fa88
 def _diversity(result: Evaluation) -> pl.DataFrame:
     """Share of pairs of different types, the mean over lists, by method."""
     types = result.shelf.select("day", "article", "type")
@@ -83,7 +83,7 @@ def _diversity(result: Evaluation) -> pl.DataFrame:
     each = counts.group_by("method", "day", "customer").agg(diversity=1 - alike)
     return each.group_by("method").agg(pl.col("diversity").mean())
 
-# %% ../../nbs/model/10_insight.ipynb #3c3f00bb
+# %% ../../nbs/model/10_insight.ipynb #e2cbbfa6
 AGES = ["to 22", "23 to 28", "29 to 35", "36 to 45", "46 to 55", "over 55"]
 CHANNELS = {1: "in the shop", 2: "online"}
 
@@ -115,7 +115,7 @@ def _grouped(wide: pl.DataFrame, by: str, count: str) -> pd.DataFrame:
     table.index = pd.MultiIndex.from_product([[by], table.pop(by)])
     return table
 
-
+# %% ../../nbs/model/10_insight.ipynb #5b0f48f5
 def popularity_slice(result: Evaluation, methods: Sequence[str]) -> pd.DataFrame:
     """Hits in a hundred shown, by how well the article sold in the four weeks before."""
     place = pl.col("sold_28").rank("ordinal", descending=True).over("day") / pl.len().over("day")
@@ -156,7 +156,7 @@ def partial_dependence(
         scores.append(float(np.mean(booster.predict(values, raw_score=True))))
     return pd.DataFrame({"value": grid, "score": scores})
 
-# %% ../../nbs/model/10_insight.ipynb #3cecf1a0
+# %% ../../nbs/model/10_insight.ipynb #a18a9035
 ABOUT: Mapping[str, tuple[str, ...]] = {
     "she bought it before": ("pair_", "own_"),
     "like what she bought": (
@@ -193,7 +193,7 @@ def reason_of(feature: str) -> str:
         (about for about, starts in ABOUT.items() if feature.startswith(starts)), "who she is"
     )
 
-
+# %% ../../nbs/model/10_insight.ipynb #6f206295
 def explain(recommender: Recommender, customer: int, count: int = 5) -> pd.DataFrame:
     """The first `count` articles of a customer, with the sources that proposed them and reasons.
 
@@ -221,7 +221,7 @@ def explain(recommender: Recommender, customer: int, count: int = 5) -> pd.DataF
         }
     )
 
-
+# %% ../../nbs/model/10_insight.ipynb #3746ab78
 def _sources(row: Mapping[str, float | None]) -> str:
     ranks = {
         name.removesuffix("_rank"): value for name, value in row.items() if name.endswith("_rank")

@@ -166,7 +166,7 @@ def top_of_rows(matrix: sparse.csr_matrix, count: int) -> pl.DataFrame:
     order = frame.sort("row", "value", "column", descending=[False, True, False])
     return order.group_by("row", maintain_order=True).head(count)
 
-# %% ../../nbs/model/02_known.ipynb #31f43251
+# %% ../../nbs/model/02_known.ipynb #82b35e4d
 def co_purchases(history: History) -> dict[str, pl.DataFrame]:
     """The neighbour tables, by kind."""
     rows = _newest(history).with_columns(weight=decay(HALF_LIFE).sqrt(), one=pl.lit(1.0))
@@ -188,7 +188,7 @@ def co_purchases(history: History) -> dict[str, pl.DataFrame]:
         matrix(earlier, "visit", "weight"),
     )
 
-
+# %% ../../nbs/model/02_known.ipynb #4e707309
 def _tables(
     customers: sparse.csr_matrix, visits: sparse.csr_matrix, before: sparse.csr_matrix
 ) -> dict[str, pl.DataFrame]:

@@ -31,7 +31,7 @@ from ..core.metrics import average_precision, bootstrap
 from .candidates import best
 from .ranker import Matrix, RankerSettings, pooled
 
-# %% ../../nbs/model/06_tuning.ipynb #cc9e3183
+# %% ../../nbs/model/06_tuning.ipynb #7ec20561
 STEP, PATIENCE, AROUND, MOST_ROUNDS = 25, 12, 4, 1_000  # trees; steps; steps; trees
 
 
@@ -65,7 +65,7 @@ def joined(exams: Sequence[Exam]) -> Exam:
     label = np.concatenate([exam.week.label for exam in exams])
     return Exam(Matrix(values, exams[0].week.names, pairs, label), sold)
 
-
+# %% ../../nbs/model/06_tuning.ipynb #be9470a1
 def course(
     data: lgb.Dataset, exam: Exam, settings: RankerSettings, most: int = MOST_ROUNDS
 ) -> Iterator[np.ndarray]:
@@ -150,7 +150,7 @@ SEARCHED = [
     "feature_fraction",
 ]
 
-# %% ../../nbs/model/06_tuning.ipynb #1b3574a3
+# %% ../../nbs/model/06_tuning.ipynb #dd4bd2ed
 @dataclass(frozen=True)
 class Tuned:
     """What a study found."""
@@ -159,7 +159,7 @@ class Tuned:
     value: float  # MAP@12 on the tuning weeks
     trials: pl.DataFrame  # number, state, value, seconds, rounds, and the settings tried
 
-
+# %% ../../nbs/model/06_tuning.ipynb #cfc99c21
 def tune(
     lake: Lake,
     name: str,
@@ -195,7 +195,7 @@ def tune(
         _run(study, value_of, save, minutes)
         return _outcome(study, usual)
 
-# %% ../../nbs/model/06_tuning.ipynb #a567dd6e
+# %% ../../nbs/model/06_tuning.ipynb #5c23b4aa
 def _open_study(
     storage: optuna.storages.BaseStorage, name: str, usual: RankerSettings
 ) -> optuna.Study:
@@ -227,7 +227,7 @@ def _run(
         study.optimize(value_of, n_trials=1)
         save()
 
-
+# %% ../../nbs/model/06_tuning.ipynb #21750c69
 def _lead(study: optuna.Study, exam: Exam, mark: np.ndarray) -> float:
     """The least that a trial is better than the usual settings, but for chance (1 in 10)."""
     if not study.user_attrs.get("usual"):
@@ -239,7 +239,7 @@ def _lead(study: optuna.Study, exam: Exam, mark: np.ndarray) -> float:
 def _complete(study: optuna.Study) -> bool:
     return any(trial.state.name == "COMPLETE" for trial in study.trials)
 
-
+# %% ../../nbs/model/06_tuning.ipynb #53341fa4
 def _outcome(study: optuna.Study, usual: RankerSettings) -> Tuned:
     first = next(trial for trial in study.trials if trial.state.name == "COMPLETE")
     chosen = study.best_trial if study.best_trial.user_attrs["lead"] > 0 else first

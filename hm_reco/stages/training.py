@@ -6,7 +6,7 @@
 __all__ = ['TRIALS', 'TOWERS', 'Trained', 'open_tower', 'save_tower', 'train_and_publish', 'metrics_of', 'plot_training',
            'plot_sources', 'plot_dependence', 'plot_study']
 
-# %% ../../nbs/stages/40_training.ipynb #3d2eeff5
+# %% ../../nbs/stages/40_training.ipynb #27d729d8
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +23,7 @@ from ..core.lake import Lake, append, put_file
 from ..core.registry import RANKER
 from ..model.bundle import Bundle, Origin, bundles_of
 from ..model.bundle import publish as publish_models
-from ..model.evaluation import Evaluation, Plan, Verdict, evaluate, judge
+from ..model.evaluation import Evaluation, Plan, Verdict, evaluate, fitted, judge
 from ..model.history import History
 from ..model.insight import explain, partial_dependence
 from ..model.ranker import Matrix, RankerSettings, importance
@@ -31,7 +31,7 @@ from ..model.recommend import open_recommender
 from ..model.tower import Tower, TowerSettings, from_bytes, learn_vocabulary, to_bytes
 from ..model.tuning import Exam, Tuned, tune
 
-# %% ../../nbs/stages/40_training.ipynb #f038d25b
+# %% ../../nbs/stages/40_training.ipynb #180599ce
 @dataclass(frozen=True)
 class Trained:
     """What a training run made."""
@@ -39,41 +39,32 @@ class Trained:
     result: Evaluation
     verdict: Verdict
     tuned: Tuned | None
-    version: str  # of the better one of the ranker and the best baseline
-    promotion: str  # what came of it
-    bundle: Bundle  # the ranker's, whether or not it serves
+    bundles: list[Bundle]  # the ranker's, and the best baseline's where that is better
+    promotion: str  # what came of the last one
 
 
 TRIALS = "runs/trials"
 
-# %% ../../nbs/stages/40_training.ipynb #7e066c63
-def open_tower(lake: Lake, name: str, history: History, plan: Plan, examples: int) -> Tower | None:
-    """The tower saved under `name` as far as it may be used, or a new one; none for 0 examples."""
+# %% ../../nbs/stages/40_training.ipynb #836f7c6c
+def open_tower(lake: Lake, name: str, history: History, examples: int, seed: int) -> Tower | None:
+    """The tower as far as it is saved under `name`, or a new one; none for 0 examples."""
     if not examples:
         return None
     path = lake.path(*TOWERS, f"{name}.safetensors")
     if path.is_file():
-        tower = from_bytes(path.read_bytes())
-        if tower.until is None or tower.until <= plan.day(_oldest(plan)):
-            return tower
-    return Tower(
-        learn_vocabulary(history.articles), TowerSettings(examples=examples, seed=plan.seed)
-    )
+        return from_bytes(path.read_bytes())
+    return Tower(learn_vocabulary(history.articles), TowerSettings(examples=examples, seed=seed))
 
 
 TOWERS = ("artifacts", "towers")
 
 
 def save_tower(lake: Lake, name: str, tower: Tower) -> None:
-    """Save a tower while it learns what lies before the first week; later it is quick."""
+    """Save a tower while it learns what lies before the first week; a week more is quick."""
     if tower.until is None:
         put_file(lake.path(*TOWERS, f"{name}.safetensors"), to_bytes(tower))
 
-
-def _oldest(plan: Plan) -> int:
-    return plan.evaluation_weeks + (plan.tuning_weeks or 0) + (plan.training_weeks or 0)
-
-# %% ../../nbs/stages/40_training.ipynb #ada5a83b
+# %% ../../nbs/stages/40_training.ipynb #b1d3b3d5
 def train_and_publish(
     lake: Lake,
     history: History,
@@ -86,36 +77,35 @@ def train_and_publish(
 ) -> Trained:
     """Judge the methods by the plan, and register the ranker trained for `plan.as_of`.
 
-    `tuning_minutes` None: the settings are used as they are. What is not entered in the registry is
-    kept as a bundle, but never serves: a trial among others.
+    `tuning_minutes` None: the settings are used as they are. What is not to `enter` the registry is
+    kept as a bundle, but never serves.
     """
-    plan = plan if tuning_minutes is not None else replace(plan, tuning_weeks=0)
-    plan, code = plan.fitted(history), modules_key("hm_reco.model.tuning")
-    name = short_hash(repr((plan, settings, sorted(origin.tables.items()), tower_examples, code)))
-    tower = open_tower(lake, name, history, plan, tower_examples)
+    tuned_on = plan.tuning_weeks if tuning_minutes is not None else 0
+    plan = fitted(replace(plan, tuning_weeks=tuned_on), history)
+    name = _name(plan, settings, sorted(origin.tables.items()), tower_examples)
+    tower = open_tower(lake, name, history, tower_examples, plan.seed)
     found: list[Tuned] = []
 
     def find(learned: Sequence[Matrix], exams: Sequence[Exam]) -> RankerSettings:
         found.append(tune(lake, name, learned, exams, settings, tuning_minutes or 0.0))
         return found[0].settings
 
-    save = partial(save_tower, lake, name)
-    result = evaluate(
-        history, plan, settings, tower, None if tuning_minutes is None else find, save
-    )
-    verdict = judge(result.scores)
-    version, promotion = publish_models(lake, result, verdict, origin, enter)
-    if found:
-        append(
-            lake,
-            TRIALS,
-            found[0].trials.with_columns(run_id=pl.lit(origin.run_id), study=pl.lit(name)),
-            extend=True,
-        )
-    bundle = bundles_of(result, verdict, origin)[0]
-    return Trained(result, verdict, found[0] if found else None, version, promotion, bundle)
+    choose, save = find if tuning_minutes is not None else None, partial(save_tower, lake, name)
+    result = evaluate(history, plan, settings, tower, choose, save)
+    verdict, tuned = judge(result.scores), found[0] if found else None
+    bundles = bundles_of(result, verdict, origin)
+    promotion = publish_models(lake, bundles, result.scores, origin, enter)
+    if tuned:
+        named = tuned.trials.with_columns(run_id=pl.lit(origin.run_id), study=pl.lit(name))
+        append(lake, TRIALS, named, extend=True)
+    return Trained(result, verdict, tuned, bundles, promotion)
 
-# %% ../../nbs/stages/40_training.ipynb #55c06915
+
+def _name(*depends_on: object) -> str:
+    """A name for what may be taken up again by a run of the same data, plan and code."""
+    return short_hash(repr((depends_on, modules_key("hm_reco.model.evaluation"))))
+
+# %% ../../nbs/stages/40_training.ipynb #ab0b78c5
 def metrics_of(trained: Trained) -> dict[str, Any]:
     """Figures of a training run as plain JSON: means with intervals, the lead, what came of it."""
     verdict, result = trained.verdict, trained.result
@@ -124,12 +114,12 @@ def metrics_of(trained: Trained) -> dict[str, Any]:
         "map12": {name: [round(x, 6) for x in row] for name, row in rows.items()},
         "best_baseline": verdict.baseline,
         "lead": [round(x, 6) for x in (verdict.lead.mean, verdict.lead.low, verdict.lead.high)],
-        "version": trained.version,
+        "version": trained.bundles[-1].version,
         "method": verdict.method,
         "promotion": trained.promotion,
         "candidate_recall": round(result.candidate_recall, 6),
         "customer_weeks": result.scores.filter(method=RANKER).height,
-        "weeks": {"training": result.plan.training_weeks, "tuning": result.plan.tuning_weeks},
+        "plan": {name: value for name, value in vars(result.plan).items() if name != "as_of"},
         "settings": vars(result.settings),
         "budget": result.probe.budget,
         "trials": trained.tuned.trials.height if trained.tuned else 0,
