@@ -242,9 +242,9 @@ def _timed(week: Week, seconds: dict[str, float]) -> dict[str, pl.DataFrame]:
         seconds[name] += perf_counter() - started
     return proposed
 
-# %% ../../nbs/model/07_evaluation.ipynb #2a7ca2d8
-MOST_ROWS = 600_000  # candidates that a ranker learns from, about; those bought always stay
-FOR_EACH = 100  # candidates not bought are enough for each that was
+# %% ../../nbs/model/07_evaluation.ipynb #1ae6a9a1
+MOST_ROWS = 300_000  # candidates that a ranker learns from, about; those bought always stay
+FOR_EACH = 50  # candidates not bought are enough for each that was
 
 Find = Callable[[Sequence[Matrix], Sequence[Exam]], RankerSettings]
 

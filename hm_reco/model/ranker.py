@@ -47,15 +47,15 @@ def thin(week: Matrix, keep: float, seed: int) -> Matrix:
     rows = np.flatnonzero((week.label > 0) | (lot < keep))
     return Matrix(week.values[rows], week.names, week.pairs[rows], week.label[rows])
 
-# %% ../../nbs/model/05_ranker.ipynb #9618e995
+# %% ../../nbs/model/05_ranker.ipynb #c65783a9
 @dataclass(frozen=True)
 class RankerSettings:
     """What LightGBM is told; the rest of its parameters stay at their defaults."""
 
     objective: Literal["binary", "lambdarank"] = "binary"
     num_leaves: int = 7
-    rounds: int = 300
-    learning_rate: float = 0.05
+    rounds: int = 200
+    learning_rate: float = 0.1
     min_data_in_leaf: int = 100
     lambda_l2: float = 300.0
     feature_fraction: float = 0.15

@@ -31,8 +31,8 @@ from ..core.metrics import average_precision, bootstrap
 from .candidates import best
 from .ranker import Matrix, RankerSettings, pooled
 
-# %% ../../nbs/model/06_tuning.ipynb #7ec20561
-STEP, PATIENCE, AROUND, MOST_ROUNDS = 25, 12, 4, 1_000  # trees; steps; steps; trees
+# %% ../../nbs/model/06_tuning.ipynb #afbd36e2
+STEP, PATIENCE, AROUND, MOST_ROUNDS = 25, 8, 4, 600  # trees; steps; steps; trees
 
 
 @dataclass(frozen=True)
@@ -127,14 +127,14 @@ def journal(
 def _save(lake: Lake, name: str, local: Path) -> None:
     put_file(lake.path(*STUDIES, f"{name}.journal"), local.read_text())
 
-# %% ../../nbs/model/06_tuning.ipynb #6771fc54
+# %% ../../nbs/model/06_tuning.ipynb #4572e0b5
 def propose_settings(trial: optuna.Trial, usual: RankerSettings) -> RankerSettings:
     """Settings from the space that is searched."""
     return replace(
         usual,
         objective=trial.suggest_categorical("objective", ["binary", "lambdarank"]),  # type: ignore[arg-type]
         num_leaves=trial.suggest_int("num_leaves", 4, 64, log=True),
-        learning_rate=trial.suggest_float("learning_rate", 0.02, 0.1, log=True),
+        learning_rate=trial.suggest_float("learning_rate", 0.03, 0.2, log=True),
         min_data_in_leaf=trial.suggest_int("min_data_in_leaf", 20, 500, log=True),
         lambda_l2=trial.suggest_float("lambda_l2", 1.0, 300.0, log=True),
         feature_fraction=trial.suggest_float("feature_fraction", 0.15, 0.8),
