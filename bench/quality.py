@@ -12,6 +12,7 @@ share is `first-time`: articles that she had not bought before.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -83,7 +84,8 @@ def judge_peers(folder: Path, history: History, result: Evaluation) -> pl.DataFr
     days = [plan.day(back).isoformat() for back in tuning]
     about = {"tuning": days, "horizon": plan.horizon_days, "refit": plan.refit_every}
     (folder / "plan.json").write_text(json.dumps(about))
-    subprocess.run([RIVALS, ROOT / "bench" / "quality_peers.py", folder], check=True)
+    command = [RIVALS, ROOT / "bench" / "quality_peers.py", folder]
+    subprocess.run(command, check=True, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"})
     lists = pl.read_parquet(folder / "lists.parquet")
     return pl.concat(_filled(history, part) for part in lists.partition_by("day"))
 

@@ -83,7 +83,8 @@ class Implicit:
     def recommend(self, past: pd.DataFrame, day: date, customers: np.ndarray) -> Lists:
         """Lists from all purchases before `day`."""
         bought = matrix(past, day, self.fade, self.shape)[customers]
-        fresh = isinstance(self.model, AlternatingLeastSquares)
+        # of the factor models only ALS can place a customer anew, without a fit
+        fresh = "recalculate_user" in type(self.model).__dict__
         more = {"recalculate_user": True} if fresh else {}
         articles, scores = self.model.recommend(
             customers, bought, K, filter_already_liked_items=False, **more
