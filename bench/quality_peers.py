@@ -8,8 +8,10 @@ always recommends from all purchases before the week.
 """
 
 import json
+import logging
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import date, timedelta
 from itertools import product
@@ -108,7 +110,7 @@ class SASRec:
     def fit(self, past: pd.DataFrame, day: date) -> None:
         """Learn from scratch."""
         self.model = SASRecModel(
-            loss="sampled_softmax", n_negatives=256, batch_size=128, verbose=0, **self.settings
+            loss="sampled_softmax", n_negatives=64, batch_size=128, verbose=0, **self.settings
         )
         self.model.fit(self._dataset(past))
 
@@ -192,13 +194,15 @@ def makers(bench: Bench) -> dict[str, list[Callable[[], Any]]]:
         name: [implicit(kind, settings, fade) for settings in grid_ for fade in FADES]
         for name, (kind, grid_) in MODELS.items()
     }
-    sasrec = grid(n_factors=[64], n_blocks=[1, 2], session_max_len=[50], epochs=[5, 15])
+    sasrec = grid(n_factors=[64], n_blocks=[2], session_max_len=[50], epochs=[5, 20])
     found["RecTools SASRec"] = [lambda s=settings: SASRec(**s) for settings in sasrec]
     return found
 
 
 def main(folder: Path) -> None:
     """Tune, refit and recommend with every model."""
+    warnings.simplefilter("ignore")  # of the libraries about their own older parts
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     bench, parts = Bench(folder), []
     for name, ways in makers(bench).items():
         started = time.monotonic()
