@@ -476,6 +476,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'hm_reco.model.known.Known': ('model/known.html#known', 'hm_reco/model/known.py'),
                                      'hm_reco.model.known._both_ways': ('model/known.html#_both_ways', 'hm_reco/model/known.py'),
                                      'hm_reco.model.known._incidence': ('model/known.html#_incidence', 'hm_reco/model/known.py'),
+                                     'hm_reco.model.known._like_above': ('model/known.html#_like_above', 'hm_reco/model/known.py'),
                                      'hm_reco.model.known._newest': ('model/known.html#_newest', 'hm_reco/model/known.py'),
                                      'hm_reco.model.known._rarity': ('model/known.html#_rarity', 'hm_reco/model/known.py'),
                                      'hm_reco.model.known._rebuy_rate': ('model/known.html#_rebuy_rate', 'hm_reco/model/known.py'),

@@ -71,10 +71,17 @@ def _sales(history: History) -> pl.DataFrame:
 def _rebuys(history: History) -> pl.DataFrame:
     """How often an article is bought again, and after how many days (median)."""
     days = history.purchases.lazy().select("customer", "article", "day").unique()
-    gap = pl.col("day").diff().over("customer", "article").dt.total_days()
-    gaps = days.sort("customer", "article", "day").with_columns(gap=gap)
+    same = _like_above("customer") & _like_above("article")
+    gaps = days.sort("customer", "article", "day").select(
+        "article", gap=pl.when(same).then(pl.col("day").diff().dt.total_days())
+    )
     kept = gaps.filter(pl.col("gap").is_not_null()).group_by("article")
     return kept.agg(rebuys=pl.len(), rebuy_gap=pl.col("gap").median()).collect()
+
+
+def _like_above(column: str) -> pl.Expr:
+    """Whether a row has the same value as the row above; false in the first."""
+    return (pl.col(column) == pl.col(column).shift()).fill_null(False)
 
 # %% ../../nbs/model/02_known.ipynb #693f857b
 def article_state(history: History) -> pl.DataFrame:
@@ -126,10 +133,10 @@ def together(left: sparse.csr_matrix, right: sparse.csr_matrix) -> sparse.csr_ma
     Inverse user frequency: Breese, Heckerman & Kadie (1998).
     """
     size = np.maximum(np.asarray((left > 0).sum(axis=1)).ravel(), 1)
-    pairs = (left.T @ sparse.diags(1 / np.sqrt(size)) @ right).tocoo()
-    other = pairs.row != pairs.col
-    place = (pairs.row[other], pairs.col[other])
-    return sparse.csr_matrix((pairs.data[other], place), shape=pairs.shape)
+    pairs = (left.T @ sparse.diags(1 / np.sqrt(size)) @ right).tocsr()
+    rows = np.repeat(np.arange(pairs.shape[0], dtype=np.int32), np.diff(pairs.indptr))
+    pairs.data[rows == pairs.indices] = 0
+    return pairs
 
 # %% ../../nbs/model/02_known.ipynb #cbab8d85
 POWERS = {"cosine": (0.5, 0.5), "share": (1.0, 0.0)}
@@ -169,14 +176,15 @@ def top_of_rows(matrix: sparse.csr_matrix, count: int) -> pl.DataFrame:
 # %% ../../nbs/model/02_known.ipynb #82b35e4d
 def co_purchases(history: History) -> dict[str, pl.DataFrame]:
     """The neighbour tables, by kind."""
+    # rows stand by customer and days ago, and so are visits numbered: that after visit 8 is 7
     rows = _newest(history).with_columns(weight=decay(HALF_LIFE).sqrt(), one=pl.lit(1.0))
+    new = ~_like_above("customer")
     rows = rows.with_columns(
-        who=pl.col("customer").rank("dense").cast(pl.Int64) - 1,
-        visit=pl.struct("customer", "ago").rank("dense").cast(pl.Int64) - 1,
+        who=new.cum_sum().cast(pl.Int64) - 1,
+        visit=(new | ~_like_above("ago")).cum_sum().cast(pl.Int64) - 1,
     )
-    # visits are numbered by customer and days ago: that after visit 8 has number 7
-    earlier = rows.filter(pl.col("visit") > pl.col("visit").min().over("customer"))
-    earlier = earlier.with_columns(pl.col("visit") - 1)
+    latest = pl.when(~_like_above("who")).then("visit").forward_fill()
+    earlier = rows.filter(pl.col("visit") > latest).with_columns(pl.col("visit") - 1)
     shape = (rows.height, history.numbers)
 
     def matrix(part: pl.DataFrame, row: str, weight: str) -> sparse.csr_matrix:
