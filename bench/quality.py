@@ -28,8 +28,7 @@ from hm_reco.core.lake import Lake, open_lake
 from hm_reco.core.metrics import average_precision
 from hm_reco.core.registry import RANKER, paired
 from hm_reco.core.sample import write_sample
-from hm_reco.model.candidates import own_purchases, popular
-from hm_reco.model.evaluation import Evaluation, Plan, evaluate, filled, means
+from hm_reco.model.evaluation import Evaluation, Plan, best_sellers, evaluate, filled, means
 from hm_reco.model.history import History, as_of, load_history, week_of
 from hm_reco.model.known import learn
 from hm_reco.model.ranker import RankerSettings
@@ -93,15 +92,13 @@ def judge_peers(folder: Path, history: History, result: Evaluation) -> pl.DataFr
 def _filled(history: History, lists: pl.DataFrame) -> pl.DataFrame:
     """Lists of one day, filled up to twelve with what sells."""
     day = lists["day"][0]
-    before = as_of(history, day)
-    empty = own_purchases(before, lists.select("customer").clear())
-    known = learn(before)
+    known = learn(as_of(history, day))
     parts = []
     for method in lists["method"].unique().sort():
         mine = lists.filter(method=method).filter(pl.col("article").is_not_null())
         who = lists.filter(method=method).select("customer").unique().sort("customer")
         columns = ["customer", "article", "rank"]
-        fill = popular(known, empty, who, 24).select(columns)
+        fill = best_sellers(known, who, 24).select(columns)
         whole = filled(mine.select(columns), fill.cast({"rank": pl.Int64}), 12)
         parts.append(whole.with_columns(day=pl.lit(day), method=pl.lit(method)))
     return pl.concat(parts)

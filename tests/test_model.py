@@ -21,7 +21,7 @@ from hm_reco.model.bundle import (
     save_bundle,
 )
 from hm_reco.model.evaluation import RANKER, Plan, evaluate, judge
-from hm_reco.model.features import labelled, open_week
+from hm_reco.model.features import Matrix, labelled, open_week
 from hm_reco.model.history import (
     as_of,
     load_history,
@@ -30,7 +30,7 @@ from hm_reco.model.history import (
     parse_day,
     sample_history,
 )
-from hm_reco.model.ranker import Matrix, RankerSettings, score, to_matrix, train
+from hm_reco.model.ranker import RankerSettings, score, train
 from hm_reco.model.recommend import predict_all
 from hm_reco.stages.demo import demo_lake
 from hm_reco.stages.eda import (
@@ -56,7 +56,7 @@ def shop():
 
 @pytest.fixture(scope="module")
 def week(shop) -> Matrix:
-    return to_matrix(labelled(open_week(shop, shop.day - timedelta(days=28), days=28)))
+    return labelled(open_week(shop, shop.day - timedelta(days=28), days=28))
 
 
 def test_a_ranker_that_does_not_win_is_kept_but_the_baseline_serves():

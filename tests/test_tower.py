@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from hm_reco.model import tower as towers
-from hm_reco.model.candidates import near_in_space, own_purchases
+from hm_reco.model.arrays import gather, open_shop, own_purchases
+from hm_reco.model.candidates import propose
 from hm_reco.model.history import as_of, sample_history
 from hm_reco.model.known import learn
 from hm_reco.model.tower import (
@@ -18,7 +19,6 @@ from hm_reco.model.tower import (
     advance,
     from_bytes,
     learn_vocabulary,
-    likeness,
     open_space,
     sampled_softmax,
     to_bytes,
@@ -73,7 +73,7 @@ def test_an_article_never_sold_lies_nearer_to_its_variants_than_to_others(shop, 
     for articles in shop.articles.group_by("product").agg("article")["article"].to_list():
         new, old = ([a for a in articles if (a in known) is sold] for sold in (False, True))
         if new and old:
-            near = likeness(vectors, np.broadcast_to(vectors[new[0]], vectors.shape))
+            near = vectors @ vectors[new[0]].astype(int)
             places.append((near < near[old[0]]).mean())
     assert len(places) > 20 and np.mean(places) > 0.8
 
@@ -84,7 +84,11 @@ def test_a_visitor_with_three_clicks_is_not_a_stranger(shop, tower):
     nothing = own_purchases(shop, who)
     seen = own_purchases(shop, shop.customers).sort("ago", "customer", "article").head(3)
     clicks = seen.with_columns(customer=pl.lit(-1, pl.Int32))
-    lists = [near_in_space(known, own, who, 12)["article"].to_list() for own in (nothing, clicks)]
+    arrays = open_shop(known, shop)
+    lists = [
+        propose(arrays, gather(known, own, who), {"tower": 12}).article.tolist()
+        for own in (nothing, clicks)
+    ]
     assert len(lists[0]) == len(lists[1]) == 12 and lists[0] != lists[1]
 
 

@@ -10,7 +10,7 @@ from hm_reco.model import tuning
 from hm_reco.model.evaluation import Plan, evaluate
 from hm_reco.model.features import labelled, open_week
 from hm_reco.model.history import sample_history
-from hm_reco.model.ranker import RankerSettings, thin, to_matrix
+from hm_reco.model.ranker import RankerSettings, thin
 from hm_reco.model.tuning import Exam, smoothed, tune
 
 
@@ -22,7 +22,7 @@ def shop():
 @pytest.fixture(scope="module")
 def weeks(shop):
     opened = [open_week(shop, shop.day - timedelta(days=28 * n), days=28) for n in (1, 2, 3)]
-    return [(week, to_matrix(labelled(week))) for week in opened]
+    return [(week, labelled(week)) for week in opened]
 
 
 def test_a_study_goes_on_after_a_kill(lake: Lake, weeks, monkeypatch):

@@ -6,7 +6,7 @@
 __all__ = ['WORDS', 'WORDS_OF_ARTICLE', 'LEVELS', 'PRICES', 'GAPS', 'AGES', 'MOMENTS', 'SAVE_EVERY', 'EPOCH', 'BLOCK',
            'Vocabulary', 'learn_vocabulary', 'Content', 'read_content', 'TowerSettings', 'ArticleTower',
            'CustomerTower', 'Tower', 'Rows', 'to_rows', 'gap_band', 'sampled_softmax', 'Learner', 'advance', 'to_bytes',
-           'from_bytes', 'Space', 'to_int8', 'open_space', 'nearest', 'likeness']
+           'from_bytes', 'Space', 'to_int8', 'open_space']
 
 # %% ../../nbs/model/01_tower.ipynb #11a28fdf
 import json
@@ -431,30 +431,43 @@ class Space:
     articles: np.ndarray  # (articles, width) int8
     tower: Tower
 
+    @property
+    def scale(self) -> float:
+        """The product of two vectors times this is what the tower learned to score with."""
+        return 1 / (self.tower.settings.temperature * 127**2)
+
     def place(self, own: pl.DataFrame, who: pl.DataFrame) -> np.ndarray:
         """Vectors (int8) of the customers in `who` (with `age`), from their purchases `own`."""
-        parts = [self._block(own, block) for block in who.iter_slices(BLOCK)]
-        return np.concatenate([np.empty((0, self.articles.shape[1]), np.int8), *parts])
-
-    def _block(self, own: pl.DataFrame, who: pl.DataFrame) -> np.ndarray:
-        places = self.tower.settings.recent
-        numbered = who.select("customer").with_row_index("n")
-        mine = own.select("customer", "article", "ago").unique().join(numbered, on="customer")
-        mine = mine.sort("n", "ago", "article").with_columns(place=pl.int_range(pl.len()).over("n"))
-        mine = mine.filter(pl.col("place") < places)
-        seen, days = np.zeros((2, BLOCK, places), np.int64)
-        valid = np.zeros((BLOCK, places), bool)
+        places, size = self.tower.settings.recent, -(-who.height // BLOCK) * BLOCK
+        mine = _newest(own, who, places)
+        seen, days = np.zeros((2, size, places), np.int64)
+        valid, age = np.zeros((size, places), bool), np.zeros(size, np.int64)
         at = (mine["n"].to_numpy(), mine["place"].to_numpy())
         seen[at], days[at], valid[at] = mine["article"].to_numpy(), mine["ago"].to_numpy(), True
-        age = np.zeros(BLOCK, np.int64)
         age[: who.height] = who.select(_age_band()).to_series().to_numpy()
+        vectors = np.empty((size, self.articles.shape[1]), np.int8)
+        for first in range(0, size, BLOCK):
+            block = slice(first, first + BLOCK)
+            vectors[block] = self._block(seen[block], days[block], valid[block], age[block])
+        return vectors[: who.height]
+
+    def _block(
+        self, seen: np.ndarray, days: np.ndarray, valid: np.ndarray, age: np.ndarray
+    ) -> np.ndarray:
         recent = torch.from_numpy(self.articles[seen].astype(np.float32) / 127)
         with torch.inference_mode():
             gap = gap_band(torch.from_numpy(days))
-            vectors = self.tower.customer(
-                recent, gap, torch.from_numpy(valid), torch.from_numpy(age)
-            )
-        return to_int8(vectors)[: who.height]
+            asked = (recent, gap, torch.from_numpy(valid), torch.from_numpy(age))
+            return to_int8(self.tower.customer(*asked))
+
+
+def _newest(own: pl.DataFrame, who: pl.DataFrame, places: int) -> pl.DataFrame:
+    """The newest purchases of each customer: `n` (her row in `who`), `place`, `article`, `ago`."""
+    numbered = who.select("customer").with_row_index("n")
+    mine = own.select("customer", "article", "ago").unique().join(numbered, on="customer")
+    rows = mine.sort("n", "ago", "article").with_row_index("row")
+    place = pl.col("row") - pl.col("row").min().over("n")
+    return rows.with_columns(place=place).filter(pl.col("place") < places)
 
 # %% ../../nbs/model/01_tower.ipynb #db2bfe53
 def to_int8(vectors: Tensor) -> np.ndarray:
@@ -471,26 +484,3 @@ def open_space(tower: Tower, history: History) -> Space:
             for part in torch.arange(len(content.price)).split(8192)
         ]
     return Space(to_int8(torch.cat(parts)), tower)
-
-# %% ../../nbs/model/01_tower.ipynb #559e69cf
-def nearest(
-    space: Space, placed: np.ndarray, articles: np.ndarray, sales: np.ndarray, count: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """For each placed customer the `count` best of `articles`, by likeness and the log of `sales`.
-
-    Returns positions in `articles` and scores, (customers, count), in no order.
-    """
-    scale = np.float32(1 / (space.tower.settings.temperature * 127**2))
-    vectors, often = space.articles[articles].T.astype(np.float32), np.log(sales).astype(np.float32)
-    count = min(count, len(articles))
-    at, scores = [], []
-    for block in np.array_split(placed, range(BLOCK, len(placed), BLOCK)):
-        score = block.astype(np.float32) @ vectors * scale + often
-        at.append(np.argpartition(-score, count - 1, axis=1)[:, :count])
-        scores.append(np.take_along_axis(score, at[-1], axis=1))
-    return np.concatenate(at), np.concatenate(scores)
-
-
-def likeness(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Cosine (float32, exact in any order) of each row of `left` with the same of `right`, int8."""
-    return np.einsum("nw,nw->n", left, right, dtype=np.int32).astype(np.float32) / 127**2

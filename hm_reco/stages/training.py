@@ -24,9 +24,10 @@ from ..core.registry import RANKER
 from ..model.bundle import Bundle, Origin, bundles_of
 from ..model.bundle import publish as publish_models
 from ..model.evaluation import Evaluation, Plan, Verdict, evaluate, fitted, judge
+from ..model.features import Matrix
 from ..model.history import History
 from ..model.insight import explain, partial_dependence
-from ..model.ranker import Matrix, RankerSettings, importance
+from ..model.ranker import RankerSettings, importance
 from ..model.recommend import open_recommender
 from ..model.tower import Tower, TowerSettings, from_bytes, learn_vocabulary, to_bytes
 from ..model.tuning import Exam, Tuned, tune
