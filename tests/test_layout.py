@@ -1,6 +1,7 @@
 """The house: who may lean on whom, and the anatomy of a notebook."""
 
 import ast
+import re
 from pathlib import Path
 
 import nbformat
@@ -95,3 +96,12 @@ def code_lines(path: Path) -> int:
 
 def test_the_runner_stays_small():
     assert sum(code_lines(path) for path in (ROOT / "runner").glob("*.py")) <= 1_220
+
+
+def test_links_of_the_guides_lead_somewhere():
+    guides = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    links = [
+        (page, to) for page in guides for to in re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+    ]
+    assert len(links) > 20
+    assert not [(page.name, to) for page, to in links if not (page.parent / to).exists()]
