@@ -249,7 +249,7 @@ def _timed(week: Week, seconds: dict[str, float]) -> Candidates:
     return proposed
 
 # %% ../../nbs/model/08_evaluation.ipynb #1ae6a9a1
-MOST_ROWS = 300_000  # candidates that a ranker learns from, about; those bought always stay
+MOST_ROWS = 1_000_000  # candidates that a ranker learns from, about; those bought always stay
 FOR_EACH = 50  # candidates not bought are enough for each that was
 
 Find = Callable[[Sequence[Matrix], Sequence[Exam]], RankerSettings]
