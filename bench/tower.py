@@ -20,7 +20,6 @@ from hm_reco.model.tower import (
     Tower,
     TowerSettings,
     learn_vocabulary,
-    read_content,
     to_rows,
 )
 
@@ -68,7 +67,7 @@ def least_bytes(learner: Learner, index: Tensor) -> dict[str, int]:
 def open_learner(history: History, device: torch.device) -> Learner:
     """A fresh tower with all the purchases of a history."""
     tower = Tower(learn_vocabulary(history.articles), TowerSettings())
-    return Learner(tower, read_content(tower, history), to_rows(history), device)
+    return Learner(tower, history, to_rows(history), device)
 
 
 def learn(learner: Learner, steps: int) -> tuple[float, list[float], Tensor]:

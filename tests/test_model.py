@@ -169,10 +169,7 @@ def test_numbers_stay_when_customers_come():
 
 def test_predictions_do_not_depend_on_the_number_of_shards(trained_lake):
     recommender = load_champion(trained_lake)
-    one, five = (
-        predict_all(recommender.history, recommender.bundle, shards).sort("customer", "rank")
-        for shards in (1, 5)
-    )
+    one, five = (predict_all(recommender, shards).sort("customer", "rank") for shards in (1, 5))
     assert one.equals(five)
 
 

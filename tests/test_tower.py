@@ -93,10 +93,10 @@ def test_a_visitor_with_three_clicks_is_not_a_stranger(shop, tower):
 
 
 def test_a_customer_alone_has_the_vector_that_she_has_in_company(shop, tower):
-    space, own = open_space(tower, shop), own_purchases(shop, shop.customers)
-    together = space.place(own, shop.customers)
-    some = [0, 7, 300, 599]
-    alone = [space.place(own, shop.customers[n]) for n in some]
+    known, everyone = learn(shop, tower), shop.customers.sort("customer")
+    own = own_purchases(shop, everyone)
+    together, some = gather(known, own, everyone).vector, [0, 7, 300, 599]
+    alone = [gather(known, own_purchases(shop, everyone[n]), everyone[n]).vector for n in some]
     assert np.array_equal(np.concatenate(alone), together[some])
 
 

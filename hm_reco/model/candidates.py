@@ -369,23 +369,24 @@ def _propose_to(
 
 @compiled
 def _propose(
-    shop: Shop, people: People, first: int, end: int, asked: np.ndarray, pad: Pad
+    shop: Shop, people: People, rows: np.ndarray, asked: np.ndarray, pad: Pad
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Candidates of the customers from row `first` to before `end`: article, found, how many."""
-    most, size = asked.sum() * (end - first), 0
-    articles, counts = np.empty(most, np.int32), np.empty(end - first, np.int64)
+    """Candidates of the customers in `rows`: article, found, how many."""
+    most, size = asked.sum() * rows.size, 0
+    articles, counts = np.empty(most, np.int32), np.empty(rows.size, np.int64)
     found = np.full((most, 2 * asked.size), np.nan, np.float32)
-    for row in range(first, end):
-        her = meet(people, row, pad.slot)
+    for n in range(rows.size):
+        her = meet(people, rows[n], pad.slot)
         count = _propose_to(shop, her, asked, pad, articles[size:], found[size:])
-        counts[row - first], size = count, size + count
+        counts[n], size = count, size + count
     return articles[:size].copy(), found[:size].copy(), counts
 
 # %% ../../nbs/model/04_candidates.ipynb #c370fef3
 @dataclass(frozen=True)
 class Candidates:
-    """Candidates of some customers, who follow each other as in `People`; each by article."""
+    """Candidates of the customers in some `rows` of `People`, in their order; each by article."""
 
+    rows: np.ndarray  # int64
     customer: np.ndarray  # int32, of each candidate
     article: np.ndarray  # int32
     found: np.ndarray  # (candidates, 2 x SOURCES) float32: score and rank by source, or NaN
@@ -402,17 +403,22 @@ FOUND = [f"{source}_{kind}" for source in SOURCES for kind in ("score", "rank")]
 AT_ONCE = 250  # customers that a thread takes
 
 
-def propose(shop: Shop, people: People, budget: Mapping[str, int] = LIMITS) -> Candidates:
-    """As many candidates of each source as `budget` says, for each customer."""
+def propose(
+    shop: Shop,
+    people: People,
+    budget: Mapping[str, int] = LIMITS,
+    rows: np.ndarray | None = None,
+) -> Candidates:
+    """As many candidates of each source as `budget` says, of the customers in `rows` or of all."""
     asked = np.array([budget.get(source, 0) for source in SOURCES])
+    rows = np.arange(len(people.number)) if rows is None else rows
 
     def part(first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        end = min(first + AT_ONCE, len(people.number))
-        return _propose(shop, people, first, end, asked, new_pad(shop))
+        return _propose(shop, people, rows[first : first + AT_ONCE], asked, new_pad(shop))
 
-    articles, found, counts = in_threads(part, len(people.number))
+    articles, found, counts = in_threads(part, len(rows))
     start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    return Candidates(np.repeat(people.number, counts), articles, found, start)
+    return Candidates(rows, np.repeat(people.number[rows], counts), articles, found, start)
 
 # %% ../../nbs/model/04_candidates.ipynb #b2509ab0
 def in_threads(part: Callable[[int], tuple[np.ndarray, ...]], size: int) -> list[np.ndarray]:

@@ -86,16 +86,17 @@ def customer_features(people: People, row: int, distinct: int, out: np.ndarray) 
     ago, price = people.ago[first:end], people.price[first:end]
     newest, oldest, visits = ago[0], ago[-1], _visits(ago, ago[-1])
     bought, gap = people.units[first:end].sum(), (oldest - newest) / max(visits - 1, 1)
-    recent = paid = 0.0
+    recent, paid, priced = 0.0, 0.0, 0
     for n in range(ago.size):
         recent += _fixed(fade(ago[n], 28))
-        paid += _fixed(np.float64(price[n]))
+        if not np.isnan(price[n]):
+            paid, priced = paid + _fixed(np.float64(price[n])), priced + 1
     online = (people.channel[first:end] == ONLINE).sum()
     out[0], out[1], out[2], out[3] = visits, newest, oldest, bought / visits
     out[4], out[5] = _visits(ago, 28), _visits(ago, 91)
     out[6], out[7] = gap, newest / (gap + 1)
     out[8], out[9], out[10] = bought, distinct, recent / ONE
-    out[11], out[12] = paid / ONE / ago.size, online / ago.size
+    out[11], out[12] = paid / ONE / priced, online / ago.size
     out[13] = 1 - distinct / bought
 
 # %% ../../nbs/model/05_features.ipynb #cac5d5ea
@@ -291,40 +292,48 @@ class Matrix:
     values: np.ndarray  # float32, missing is NaN
     names: list[str]
     pairs: pl.DataFrame  # customer, article; rows of a customer stand together
+    start: np.ndarray  # int64, where each customer's begin; one more than there are customers
     label: np.ndarray  # int8, 1 where bought; empty when unknown
 
     @property
     def group(self) -> np.ndarray:
-        """Candidates of each customer, in order."""
-        return self.pairs.group_by("customer", maintain_order=True).len()["len"].to_numpy()
+        """Candidates of each customer who has any, in order."""
+        counts = np.diff(self.start)
+        return counts[counts > 0]
 
     def column(self, name: str) -> np.ndarray:
         """The values of a feature."""
         return self.values[:, self.names.index(name)]
 
-    def sources(self) -> pl.Series:
-        """The source of each candidate that ranked it highest."""
+    @property
+    def source(self) -> np.ndarray:
+        """The number in `SOURCES` of the source that ranked each candidate highest."""
         ranks = self.values[:, 1 : 2 * len(SOURCES) : 2]
-        return pl.Series("source", SOURCES)[np.nan_to_num(ranks, nan=np.inf).argmin(axis=1)]
+        return np.nan_to_num(ranks, nan=np.inf).argmin(axis=1).astype(np.int8)
 
 # %% ../../nbs/model/05_features.ipynb #e39259d8
 def add_features(shop: Shop, people: People, candidates: Candidates) -> Matrix:
-    """The candidates of all customers in `people`, with their features."""
+    """Candidates with their features."""
 
     def part(first: int) -> tuple[np.ndarray]:
-        rows = np.arange(first, min(first + AT_ONCE, len(people.number)))
+        rows = candidates.rows[first : first + AT_ONCE]
         start = candidates.start[first : first + len(rows) + 1]
         found = (candidates.article, candidates.found)
         return (_features(shop, people, rows, start, *found, new_pad(shop)),)
 
-    (values,) = in_threads(part, len(people.number))
+    (values,) = in_threads(part, len(candidates.rows))
     pairs = {"customer": candidates.customer, "article": candidates.article}
-    return Matrix(values, FEATURES, pl.DataFrame(pairs), np.empty(0, np.int8))
+    return Matrix(values, FEATURES, pl.DataFrame(pairs), candidates.start, np.empty(0, np.int8))
 
 
-def candidates_for(shop: Shop, people: People, budget: Mapping[str, int] = LIMITS) -> Matrix:
-    """Candidates of all customers in `people`, with their features."""
-    return add_features(shop, people, propose(shop, people, budget))
+def candidates_for(
+    shop: Shop,
+    people: People,
+    budget: Mapping[str, int] = LIMITS,
+    rows: np.ndarray | None = None,
+) -> Matrix:
+    """Candidates of the customers in `rows` of `people` or of all, with their features."""
+    return add_features(shop, people, propose(shop, people, budget, rows))
 
 # %% ../../nbs/model/05_features.ipynb #a7c88ffb
 @dataclass(frozen=True)

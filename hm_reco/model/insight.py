@@ -15,7 +15,6 @@ import pandas as pd
 import polars as pl
 
 from ..core.registry import RANKER
-from .arrays import gather
 from .candidates import SOURCES
 from .evaluation import Evaluation
 from .features import Matrix, candidates_for
@@ -203,9 +202,8 @@ def explain(recommender: Recommender, customer: int, count: int = 5) -> pd.DataF
     bundle = recommender.bundle
     if bundle.booster is None:
         raise ValueError(f"{bundle.version} is {bundle.method!r}, which has no features to explain")
-    who = pl.DataFrame({"customer": [customer]}, schema={"customer": pl.Int32})
-    people = gather(recommender.known, recommender.own(who["customer"]), who)
-    matrix = candidates_for(recommender.shop, people, bundle.budget)
+    row = np.searchsorted(recommender.people.number, [customer])
+    matrix = candidates_for(recommender.shop, recommender.people, bundle.budget, row)
     scores = np.asarray(bundle.booster.predict(matrix.values))
     top = np.lexsort((matrix.pairs["article"].to_numpy(), -scores))[:count]
     parts = np.asarray(bundle.booster.predict(matrix.values[top], pred_contrib=True))[:, :-1]

@@ -221,10 +221,16 @@ def _age_band() -> pl.Expr:
     return (pl.col("age") // 10).clip(1, AGES - 1).fill_null(0).cast(pl.Int64)
 
 
-def to_rows(history: History) -> Rows:
-    """The distinct purchases of a history as tensors, 33 bytes each."""
+def to_rows(history: History, since: date | None = None) -> Rows:
+    """The distinct purchases of a history as tensors, 40 bytes each.
+
+    Only of customers who bought on or after the day `since`, if there is one.
+    """
     ages = history.customers.lazy().select("customer", age=_age_band().cast(pl.Int8))
-    once = history.purchases.lazy().select("customer", "article", "day").unique()
+    rows = history.purchases.lazy()
+    if since:
+        rows = rows.join(rows.filter(pl.col("day") >= since), on="customer", how="semi")
+    once = rows.select("customer", "article", "day").unique()
     sorted_ = (
         once.join(ages, on="customer")
         .sort("customer", "day", "article")
@@ -265,13 +271,13 @@ def sampled_softmax(score: Tensor, right: Tensor, number: Tensor, logq: Tensor) 
 class Learner:
     """A tower with its optimizer, and the purchases it learns from, on one device."""
 
-    def __init__(self, tower: Tower, content: Content, rows: Rows, device: torch.device) -> None:
-        """On a device; bf16 where that is a GPU."""
+    def __init__(self, tower: Tower, history: History, rows: Rows, device: torch.device) -> None:
+        """On a device; bf16 where that is a GPU. `rows` are of the history."""
         self.tower, self.device = tower.to(device), device
-        self.content, self.rows = content.to(device), rows.to(device)
+        self.content, self.rows = read_content(tower, history).to(device), rows.to(device)
         self.adam = torch.optim.Adam(tower.parameters(), lr=tower.settings.rate)
         _restore(tower, self.adam)
-        sold = torch.bincount(rows.article, minlength=len(content.price)).to(device)
+        sold = _times_sold(history).to(device)
         self.sold = (sold + 1.0).log()
         # an article is a wrong answer when it is in the batch, or drawn
         settings = tower.settings
@@ -292,6 +298,14 @@ class Learner:
         return loss.detach()
 
 # %% ../../nbs/model/01_tower.ipynb #ad837bba
+def _times_sold(history: History) -> Tensor:
+    """How often each article was bought."""
+    counts = history.purchases.group_by("article").len()
+    sold = np.zeros(history.numbers, np.int64)
+    sold[counts["article"].to_numpy()] = counts["len"].to_numpy()
+    return torch.from_numpy(sold)
+
+
 def _loss(learner: Learner, index: Tensor, extra: Tensor) -> Tensor:
     """The loss on the examples `index`, with the articles `extra` as more wrong answers."""
     tower, rows = learner.tower, learner.rows
@@ -341,9 +355,9 @@ def advance(
     default a GPU, if there is one.
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    rows = to_rows(history)
+    rows = to_rows(history, tower.until)
     batches = _batches(tower, rows, history.day)
-    learner = Learner(tower, read_content(tower, history), rows, where)
+    learner = Learner(tower, history, rows, where)
     losses, todo = [], batches[tower.done :]
     with _deterministic():
         for batch in todo if tower.until else track(todo, "steps of the tower"):
@@ -436,20 +450,25 @@ class Space:
         """The product of two vectors times this is what the tower learned to score with."""
         return 1 / (self.tower.settings.temperature * 127**2)
 
-    def place(self, own: pl.DataFrame, who: pl.DataFrame) -> np.ndarray:
-        """Vectors (int8) of the customers in `who` (with `age`), from their purchases `own`."""
-        places, size = self.tower.settings.recent, -(-who.height // BLOCK) * BLOCK
-        mine = _newest(own, who, places)
-        seen, days = np.zeros((2, size, places), np.int64)
-        valid, age = np.zeros((size, places), bool), np.zeros(size, np.int64)
-        at = (mine["n"].to_numpy(), mine["place"].to_numpy())
-        seen[at], days[at], valid[at] = mine["article"].to_numpy(), mine["ago"].to_numpy(), True
-        age[: who.height] = who.select(_age_band()).to_series().to_numpy()
+    def place(
+        self, start: np.ndarray, article: np.ndarray, ago: np.ndarray, age: np.ndarray
+    ) -> np.ndarray:
+        """Vectors (int8) of customers of some `age` (years, NaN when unknown).
+
+        Customer n bought `article` `ago` days ago from row `start[n]` to before `start[n + 1]`, the
+        newest first.
+        """
+        places, size = self.tower.settings.recent, -(-len(age) // BLOCK) * BLOCK
+        row, place, at = _newest(start, article, ago, places)
+        seen, days = np.zeros((2, size, places), np.int32)
+        valid, band = np.zeros((size, places), bool), np.zeros(size, np.int64)
+        seen[row, place], days[row, place], valid[row, place] = article[at], ago[at], True
+        band[: len(age)] = np.nan_to_num(np.clip(age // 10, 1, AGES - 1))
         vectors = np.empty((size, self.articles.shape[1]), np.int8)
         for first in range(0, size, BLOCK):
             block = slice(first, first + BLOCK)
-            vectors[block] = self._block(seen[block], days[block], valid[block], age[block])
-        return vectors[: who.height]
+            vectors[block] = self._block(seen[block], days[block], valid[block], band[block])
+        return vectors[: len(age)]
 
     def _block(
         self, seen: np.ndarray, days: np.ndarray, valid: np.ndarray, age: np.ndarray
@@ -461,13 +480,18 @@ class Space:
             return to_int8(self.tower.customer(*asked))
 
 
-def _newest(own: pl.DataFrame, who: pl.DataFrame, places: int) -> pl.DataFrame:
-    """The newest purchases of each customer: `n` (her row in `who`), `place`, `article`, `ago`."""
-    numbered = who.select("customer").with_row_index("n")
-    mine = own.select("customer", "article", "ago").unique().join(numbered, on="customer")
-    rows = mine.sort("n", "ago", "article").with_row_index("row")
-    place = pl.col("row") - pl.col("row").min().over("n")
-    return rows.with_columns(place=place).filter(pl.col("place") < places)
+def _newest(
+    start: np.ndarray, article: np.ndarray, ago: np.ndarray, places: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The newest distinct purchases of each customer: her row, the place, and where they are."""
+    fresh = np.ones(len(article) + 1, bool)
+    fresh[1:-1] = (article[1:] != article[:-1]) | (ago[1:] != ago[:-1])
+    fresh[start] = True
+    count = np.cumsum(fresh[:-1])
+    row = np.repeat(np.arange(len(start) - 1), np.diff(start))
+    place = count - np.append(0, count)[start[row]] - 1
+    at = np.flatnonzero(fresh[:-1] & (place < places))
+    return row[at], place[at], at
 
 # %% ../../nbs/model/01_tower.ipynb #db2bfe53
 def to_int8(vectors: Tensor) -> np.ndarray:

@@ -63,7 +63,9 @@ def joined(exams: Sequence[Exam]) -> Exam:
     sold = pl.concat(apart(n, exam.sold) for n, exam in enumerate(exams))
     values = np.concatenate([exam.week.values for exam in exams])
     label = np.concatenate([exam.week.label for exam in exams])
-    return Exam(Matrix(values, exams[0].week.names, pairs, label), sold)
+    sizes = np.concatenate([np.diff(exam.week.start) for exam in exams])
+    start = np.concatenate([[0], np.cumsum(sizes)])
+    return Exam(Matrix(values, exams[0].week.names, pairs, start, label), sold)
 
 # %% ../../nbs/model/07_tuning.ipynb #be9470a1
 def course(

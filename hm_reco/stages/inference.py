@@ -80,14 +80,19 @@ class Health(BaseModel):
 # %% ../../nbs/stages/50_inference.ipynb #53ed4289
 def respond(recommender: Recommender, request: PredictRequest) -> PredictResponse:
     """The answer to a request."""
-    rows = answer(recommender, request.customer_ids, request.k, request.recent_articles)
+    answers = answer(recommender, request.customer_ids, request.k, request.recent_articles)
     found = [
         Recommendation(
-            customer_id=part["customer_id"][0],
-            cold=part["cold"][0],
-            articles=[Article(**row) for row in part.select(*Article.model_fields).to_dicts()],
+            customer_id=customer_id,
+            cold=given.cold,
+            articles=[
+                Article(article_id=article, score=score, source=source)
+                for article, score, source in zip(
+                    given.articles, given.scores, given.sources, strict=True
+                )
+            ],
         )
-        for part in rows.partition_by("customer_id", maintain_order=True)
+        for customer_id, given in answers.items()
     ]
     return PredictResponse(model_version=recommender.bundle.version, recommendations=found)
 
