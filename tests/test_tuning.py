@@ -51,7 +51,7 @@ def test_a_lucky_trial_does_not_replace_the_usual_settings(lake: Lake, weeks, mo
     count = exams[0].customers.size
     marks = iter([np.full(count, 0.02), np.r_[np.full(count - 1, 0.02), 0.9]])
     monkeypatch.setattr(tuning, "enough_trees", lambda *words: (50, next(marks)))
-    monkeypatch.setattr(tuning, "_complete", lambda study: len(study.trials) == 2)
+    monkeypatch.setattr(tuning, "_complete", lambda study: study.trials[1].state.is_finished())
     tuned = tune(lake, "luck", [m for _, m in weeks[1:]], exams, usual)
     assert tuned.trials["value"].to_list()[1] > tuned.trials["value"].to_list()[0]
     assert tuned.settings.num_leaves == usual.num_leaves and tuned.value == pytest.approx(0.02)

@@ -255,7 +255,7 @@ def _outcome(study: optuna.Study, usual: RankerSettings) -> Tuned:
     return Tuned(
         found,
         float(chosen.value or 0.0),
-        pl.DataFrame([_row(t) for t in study.trials], strict=False),
+        pl.DataFrame([_row(t) for t in study.trials if t.state.name != "WAITING"], strict=False),
     )
 
 
