@@ -3,15 +3,17 @@
 from datetime import timedelta
 
 import numpy as np
+import polars as pl
 import pytest
 
 from hm_reco.core.lake import Lake
+from hm_reco.core.metrics import average_precision
 from hm_reco.model import tuning
 from hm_reco.model.evaluation import Plan, evaluate
 from hm_reco.model.features import labelled, open_week
 from hm_reco.model.history import sample_history
-from hm_reco.model.ranker import RankerSettings, thin
-from hm_reco.model.tuning import Exam, smoothed, tune
+from hm_reco.model.ranker import RankerSettings, in_order, thin
+from hm_reco.model.tuning import exam_of, joined, smoothed, some_of, tune
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +28,7 @@ def weeks(shop):
 
 
 def test_a_study_goes_on_after_a_kill(lake: Lake, weeks, monkeypatch):
-    exams = [Exam(matrix, week.sold) for week, matrix in weeks[:1]]
+    exams = [exam_of(week, matrix) for week, matrix in weeks[:1]]
     learned = [thin(matrix, 0.2, n) for n, (_, matrix) in enumerate(weeks[1:])]
     real, calls = tuning.enough_trees, []
 
@@ -47,7 +49,7 @@ def test_a_study_goes_on_after_a_kill(lake: Lake, weeks, monkeypatch):
 
 def test_a_lucky_trial_does_not_replace_the_usual_settings(lake: Lake, weeks, monkeypatch):
     usual = RankerSettings()
-    exams = [Exam(matrix, week.sold) for week, matrix in weeks[:1]]
+    exams = [exam_of(week, matrix) for week, matrix in weeks[:1]]
     count = exams[0].customers.size
     marks = iter([np.full(count, 0.02), np.r_[np.full(count - 1, 0.02), 0.9]])
     monkeypatch.setattr(tuning, "enough_trees", lambda *words: (50, next(marks)))
@@ -62,7 +64,7 @@ def test_settings_are_chosen_on_weeks_before_the_judged_ones(shop):
     asked = []
 
     def find(learned, exams):
-        asked.append((len(learned), [set(exam.sold["customer"]) for exam in exams]))
+        asked.append((len(learned), [set(exam.customers.tolist()) for exam in exams]))
         return RankerSettings(rounds=10)
 
     result = evaluate(shop, plan, find=find)
@@ -75,3 +77,18 @@ def test_settings_are_chosen_on_weeks_before_the_judged_ones(shop):
 def test_smoothing_by_hand():
     assert smoothed([1.0] * 9 + [10.0])[0] == 1.0
     assert smoothed([1.0] * 9 + [10.0])[-1] == pytest.approx((4 * 1.0 + 10.0) / 5)
+
+
+def test_an_exam_marks_as_the_metric_does(weeks):
+    (week, matrix), draw = weeks[0], np.random.default_rng(0)
+    scores = draw.integers(0, 50, len(matrix.label)).astype(float)  # many ties
+    lists = in_order(matrix.pairs.with_columns(score=pl.Series(scores)), 12)
+    expected = average_precision(lists, week.sold)["ap"].to_numpy()
+    exam = exam_of(week, matrix)
+    assert expected.any() and np.allclose(exam.mark(scores), expected)
+    few = some_of(exam, 5, 0)
+    place = np.searchsorted(exam.customers, few.customers)
+    rows = np.concatenate([np.arange(*matrix.start[n : n + 2]) for n in place])
+    assert np.allclose(few.mark(scores[rows]), expected[place])
+    both = joined([exam, exam])
+    assert np.allclose(both.mark(np.r_[scores, scores]), np.r_[expected, expected])

@@ -35,7 +35,7 @@ from .history import History, as_of
 from .known import Known, age_band, decay, exact_sum
 from .ranker import RankerSettings, in_order, score, thin, train
 from .tower import Tower, advance
-from .tuning import Exam
+from .tuning import Exam, exam_of
 
 # %% ../../nbs/model/08_evaluation.ipynb #3bc9fed3
 Baseline = Callable[[Known, pl.DataFrame, pl.DataFrame, int], pl.DataFrame]
@@ -366,7 +366,7 @@ def evaluate(
         if booster:
             judged.add(plan.day(back), week, matrix, booster)
         elif find and back <= plan.evaluation_weeks + plan.tuning_weeks:  # type: ignore[operator]
-            exams.append(Exam(matrix, week.sold))
+            exams.append(exam_of(week, matrix))
         learned.add(back, matrix)
     if tower:
         advance(tower, history, save=keep)
