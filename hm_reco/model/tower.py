@@ -351,7 +351,7 @@ def advance(
 ) -> list[float]:
     """Learn from the purchases between `tower.until` and `history.day`; the losses of the steps.
 
-    The first time, from the newest `settings.examples`; later twice from each. `device` is by
+    At most from the newest `settings.examples`, more than once where they are few. `device` is by
     default a GPU, if there is one.
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -393,9 +393,8 @@ def _batches(tower: Tower, rows: Rows, day: date) -> list[Tensor]:
     if not index.numel():
         return []
     draw = torch.Generator().manual_seed(settings.seed * 1_000_003 + day.toordinal())
-    passes = (
-        min(settings.passes, max(settings.examples // index.numel(), 1)) if not tower.until else 2
-    )
+    most = 2 if tower.until else settings.passes
+    passes = min(most, max(settings.examples // index.numel(), 1))
     order = [index[torch.randperm(index.numel(), generator=draw)] for _ in range(passes)]
     return list(torch.cat(order).split(settings.batch))
 
