@@ -26,9 +26,13 @@ class StageClient(PapermillNotebookClient):
     watch: Any = AnyTrait()  # a Watch
     listen: Any = AnyTrait()  # called with stage and text
 
-    def papermill_execute_cells(self) -> None:
-        """The kernel has been started; run all cells."""
+    def start_new_kernel_client(self, **words: Any) -> Any:
+        """The kernel has been started; wait until it answers."""
         self.watch.attach(self.km.provisioner.process)
+        return super().start_new_kernel_client(**words)
+
+    def papermill_execute_cells(self) -> None:
+        """Run all cells."""
         self.watch.cells = len(self.nb.cells)
         super().papermill_execute_cells()
         self.watch.sample()

@@ -65,7 +65,9 @@ def _papermill(
     except DeadKernelError as err:
         return watch.verdict() or Outcome("killed", str(err))
     except Exception as err:
-        return watch.ordered or Outcome("failed", f"{type(err).__name__}: {err}")
+        # jupyter_client's words for a kernel that ends while it starts
+        early = watch.verdict() if "Kernel died" in str(err) else None
+        return watch.ordered or early or Outcome("failed", f"{type(err).__name__}: {err}")
     return watch.ordered or Outcome("succeeded")
 
 

@@ -203,6 +203,15 @@ def kill_at_each_stage(root: str, data: Path, undisturbed: Lake) -> None:
     assert not list(lake.path().rglob("*.part"))
 
 
+def kill_a_kernel_that_starts(root: str, data: Path) -> None:
+    """Kill a kernel that has hardly begun."""
+    process = start(root, data, "ingestion")
+    wait_until(lambda: kernels(process), process, "a kernel")
+    kernels(process)[0].kill()
+    output = finish(process, 1)
+    assert "stage 'ingestion' killed: the kernel was killed by SIGKILL" in output
+
+
 def run_two_at_once(root: str, data: Path, undisturbed: Lake) -> None:
     """Start two runs; one waits, and finds nothing to do."""
     both = [start(root, data) for _ in range(2)]

@@ -13,6 +13,7 @@ from tests.faults import (
     assert_same,
     contents,
     finish,
+    kill_a_kernel_that_starts,
     kill_at_each_stage,
     run_two_at_once,
     run_until_it_writes,
@@ -22,6 +23,10 @@ from tests.faults import (
 
 def test_kill_9_of_kernel_and_runner_at_each_stage(small_data, undisturbed, tmp_path):
     kill_at_each_stage(str(tmp_path / "lake"), small_data, undisturbed)
+
+
+def test_a_kernel_killed_while_it_starts_is_told_as_killed(small_data, tmp_path):
+    kill_a_kernel_that_starts(str(tmp_path / "lake"), small_data)
 
 
 def test_two_runs_at_once_do_not_mix(small_data, undisturbed, tmp_path):
