@@ -105,6 +105,13 @@ def _best_sellers(known: Known, by: str, of: np.ndarray | None, count: int) -> T
     )
 
 
+def _described(state: pl.DataFrame, size: int) -> np.ndarray:
+    """(articles, STATE): the state of each article, NaN where it was never sold."""
+    values = np.full((size, len(STATE)), np.nan, np.float32)
+    values[state["article"].to_numpy()] = state.select(pl.col(STATE).cast(pl.Float32)).to_numpy()
+    return values
+
+
 def _numbered(history: History, size: int) -> np.ndarray:
     """(articles, LEVELS): each level's values numbered from 0."""
     articles = history.articles.sort("article")
@@ -119,8 +126,6 @@ def open_shop(known: Known, history: History) -> Shop:
     """The arrays of what is known, with the catalogue of a history."""
     size, state = history.numbers, known.state.sort("article")
     at, levels = state["article"].to_numpy(), _numbered(history, size)
-    described = np.full((size, len(STATE)), np.nan, np.float32)
-    described[at] = state.select(pl.col(STATE).cast(pl.Float32)).to_numpy()
     popularity = np.zeros(size)
     popularity[at] = state["popularity"].to_numpy()
     kinds = levels[:, [LEVELS.index(kind) for kind in KINDS]]
@@ -133,7 +138,7 @@ def open_shop(known: Known, history: History) -> Shop:
         return to_table(known.near[kind], "article", "neighbour", "similarity", size)
 
     return Shop(
-        described,
+        _described(state, size),
         popularity,
         levels,
         (kinds + first).astype(np.int32),
@@ -181,7 +186,7 @@ class People(NamedTuple):
 
 ABOUT = ["age", "active", "news", "club"]
 
-
+# %% ../../nbs/model/03_arrays.ipynb #418a4cfa
 def gather(known: Known, own: pl.DataFrame, who: pl.DataFrame) -> People:
     """The customers in `who` (sorted), with their purchases `own` (as `own_purchases` has them)."""
     numbers = who["customer"]
@@ -196,7 +201,7 @@ def gather(known: Known, own: pl.DataFrame, who: pl.DataFrame) -> People:
     vector = space.place(*bought, about[:, 0]) if space else np.zeros((who.height, 0), np.int8)
     return People(numbers.to_numpy(), start.astype(np.int64), **columns, about=about, vector=vector)
 
-
+# %% ../../nbs/model/03_arrays.ipynb #3f48ebb5
 OWN = ["article", "ago", "units", "price", "channel"]
 
 
@@ -230,7 +235,7 @@ def new_pad(shop: Shop) -> Pad:
         np.full(size, -1, np.int32),
     )
 
-
+# %% ../../nbs/model/03_arrays.ipynb #c26aed7c
 @compiled
 def add(pad: Pad, number: int, weight: float) -> None:
     """Add a weight to a number's sum; nothing, where it is not more than 0."""
@@ -272,7 +277,7 @@ def _sink(heap: np.ndarray, size: int, pad: Pad, tie: np.ndarray, at: int) -> No
         heap[at], heap[child] = heap[child], heap[at]
         at = child
 
-
+# %% ../../nbs/model/03_arrays.ipynb #1cb7b8d4
 @compiled
 def best(pad: Pad, tie: np.ndarray, count: int, numbers: np.ndarray, scores: np.ndarray) -> int:
     """Move the `count` largest sums to `numbers` and `scores`, largest first, and wipe the pad.

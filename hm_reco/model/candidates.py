@@ -54,7 +54,7 @@ def meet(people: People, row: int, slot: np.ndarray) -> Her:
     age, channel = people.about[row, 0], people.channel[first:end]
     return Her(people.number[row], article, ago, channel, age, people.vector[row], distinct, since)
 
-
+# %% ../../nbs/model/04_candidates.ipynb #0e282409
 @compiled
 def fade(ago: int, half_life: float) -> float:
     """Weight of a purchase `ago` days old: halves every `half_life` days."""
@@ -309,7 +309,7 @@ SOURCES = (
 )
 LIMITS = dict.fromkeys(SOURCES, 60) | {"own": 200, "near": 100, "variant": 40}
 
-
+# %% ../../nbs/model/04_candidates.ipynb #b23985a6
 @compiled
 def _ask(  # noqa: PLR0911, PLR0912 - compiled code cannot look a function up
     source: int, shop: Shop, her: Her, n: int, pad: Pad, to: np.ndarray, scores: np.ndarray

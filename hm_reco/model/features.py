@@ -42,7 +42,7 @@ from .history import History, as_of, week_of
 from .known import ONLINE, STATE, Known, learn
 from .tower import Tower
 
-
+# %% ../../nbs/model/05_features.ipynb #b51931d7
 @compiled
 def _fixed(weight: float) -> float:
     """In steps of 1 / `ONE`, times `ONE`: sums of these are the same in any order."""
@@ -75,7 +75,7 @@ def _visits(ago: np.ndarray, within: int) -> int:
         days += ago[n] <= within and (n == 0 or ago[n] != ago[n - 1])
     return days
 
-
+# %% ../../nbs/model/05_features.ipynb #c3f97c7c
 @compiled
 def customer_features(people: People, row: int, distinct: int, out: np.ndarray) -> None:
     """Visits, rhythm (days), basket, price and channel of who bought `distinct` articles."""

@@ -96,7 +96,7 @@ def article_state(history: History) -> pl.DataFrame:
     state = state.join(codes, on="article", how="left").sort("article")
     return state.with_columns(rebuy_rate=_rebuy_rate())
 
-
+# %% ../../nbs/model/02_known.ipynb #43ad70b7
 # what a ranker learns from, in this order: no codes, whose order means nothing
 STATE = [
     "sold_1",

@@ -98,7 +98,7 @@ def _fill(lists: Lists, row: int, size: int, fill: np.ndarray, source: int) -> N
             lists.article[row, size], lists.source[row, size] = fill[n], source
             size += 1
 
-
+# %% ../../nbs/model/06_ranker.ipynb #28ed61ff
 @compiled
 def _first(
     lists: Lists, start: np.ndarray, article: np.ndarray, score: np.ndarray, source: np.ndarray
@@ -156,7 +156,7 @@ def rank(
     _first_and_fill(lists, matrix.start, article, scores, matrix.source, fill, popular)
     return lists
 
-
+# %% ../../nbs/model/06_ranker.ipynb #3bb791f9
 def to_frame(customers: np.ndarray, lists: Lists) -> pl.DataFrame:
     """Lists as a table: `customer`, `article`, `score`, `rank`, `source`."""
     count = lists.article.shape[1]

@@ -220,7 +220,7 @@ class Rows:
 def _age_band() -> pl.Expr:
     return (pl.col("age") // 10).clip(1, AGES - 1).fill_null(0).cast(pl.Int64)
 
-
+# %% ../../nbs/model/01_tower.ipynb #e9bbc6d1
 def to_rows(history: History, since: date | None = None) -> Rows:
     """The distinct purchases of a history as tensors, 40 bytes each.
 
@@ -466,19 +466,21 @@ class Space:
         vectors = np.empty((size, self.articles.shape[1]), np.int8)
         for first in range(0, size, BLOCK):
             block = slice(first, first + BLOCK)
-            vectors[block] = self._block(seen[block], days[block], valid[block], band[block])
+            vectors[block] = _placed(self, seen[block], days[block], valid[block], band[block])
         return vectors[: len(age)]
 
-    def _block(
-        self, seen: np.ndarray, days: np.ndarray, valid: np.ndarray, age: np.ndarray
-    ) -> np.ndarray:
-        recent = torch.from_numpy(self.articles[seen].astype(np.float32) / 127)
-        with torch.inference_mode():
-            gap = gap_band(torch.from_numpy(days))
-            asked = (recent, gap, torch.from_numpy(valid), torch.from_numpy(age))
-            return to_int8(self.tower.customer(*asked))
+# %% ../../nbs/model/01_tower.ipynb #65383f79
+def _placed(
+    space: Space, seen: np.ndarray, days: np.ndarray, valid: np.ndarray, age: np.ndarray
+) -> np.ndarray:
+    """Vectors (int8) of the customers of a block."""
+    recent = torch.from_numpy(space.articles[seen].astype(np.float32) / 127)
+    with torch.inference_mode():
+        gap = gap_band(torch.from_numpy(days))
+        asked = (recent, gap, torch.from_numpy(valid), torch.from_numpy(age))
+        return to_int8(space.tower.customer(*asked))
 
-
+# %% ../../nbs/model/01_tower.ipynb #35100f77
 def _newest(
     start: np.ndarray, article: np.ndarray, ago: np.ndarray, places: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
