@@ -1,0 +1,42 @@
+"""What numba compiles gives what Python gives; run uncompiled, its lines are seen by coverage."""
+
+import os
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+
+from hm_reco.model.features import labelled, open_week
+from hm_reco.model.history import as_of, sample_history
+from hm_reco.model.ranker import RankerSettings, rank, train
+from hm_reco.model.tower import Tower, TowerSettings, advance, learn_vocabulary
+from hm_reco.model.tuning import exam_of
+
+
+def compute(file: Path) -> None:
+    """Candidates, features, lists and marks of a few customers of a small shop, into a file."""
+    history = sample_history(300)
+    day = history.day - timedelta(days=28)
+    tower = Tower(learn_vocabulary(history.articles), TowerSettings(examples=500, batch=256))
+    advance(tower, as_of(history, day))
+    week = open_week(history, day, days=28, customers=8, tower=tower)
+    matrix = labelled(week)
+    booster = train([matrix], RankerSettings(rounds=5, min_data_in_leaf=5))
+    lists = rank(booster, matrix, 100, week.shop.popular.item)
+    marks = exam_of(week, matrix).mark(np.asarray(booster.predict(matrix.values)))
+    found = {"candidates": matrix.pairs["article"].to_numpy(), "values": matrix.values}
+    np.savez(file, marks=marks, **found, **lists._asdict())
+
+
+def test_compiled_functions_give_what_python_gives(tmp_path):
+    compute(tmp_path / "compiled.npz")
+    words = "from tests.test_compiled import *; compute(Path(sys.argv[1]))"
+    command = [sys.executable, "-c", words, tmp_path / "python.npz"]
+    subprocess.run(command, check=True, env={**os.environ, "NUMBA_DISABLE_JIT": "1"})
+    compiled, python = (np.load(tmp_path / f"{name}.npz") for name in ("compiled", "python"))
+    assert len(compiled["candidates"]) > 500 and compiled["marks"].any()
+    assert (~np.isnan(compiled["values"])).any(axis=0).mean() > 0.95  # nearly all features occur
+    for name in compiled.files:
+        np.testing.assert_allclose(compiled[name], python[name], rtol=1e-5, err_msg=name)
