@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from hm_reco.model.features import labelled, open_week
+from hm_reco.model.forest import open_forest
 from hm_reco.model.history import as_of, sample_history
 from hm_reco.model.ranker import RankerSettings, rank, train
 from hm_reco.model.tower import Tower, TowerSettings, advance, learn_vocabulary
@@ -24,7 +25,7 @@ def compute(file: Path) -> None:
     week = open_week(history, day, days=28, customers=8, tower=tower)
     matrix = labelled(week)
     booster = train([matrix], RankerSettings(rounds=5, min_data_in_leaf=5))
-    lists = rank(booster, matrix, 100, week.shop.popular.item)
+    lists = rank(open_forest(booster), matrix, 100, week.shop.popular.item)
     marks = exam_of(week, matrix).mark(np.asarray(booster.predict(matrix.values)))
     found = {"candidates": matrix.pairs["article"].to_numpy(), "values": matrix.values}
     np.savez(file, marks=marks, **found, **lists._asdict())

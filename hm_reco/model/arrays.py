@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['F', 'LEVELS', 'KINDS', 'OF_PRODUCT', 'OF_DEPARTMENT', 'OF_ALL', 'NEW_DAYS', 'NEW_ARTICLES', 'ON_SALE', 'ABOUT', 'OWN',
            'ONE', 'compiled', 'Table', 'to_table', 'Shop', 'open_shop', 'own_purchases', 'People', 'gather',
-           'purchases_of', 'Pad', 'new_pad', 'add', 'wipe', 'better', 'best']
+           'purchases_of', 'Pad', 'pad_for', 'add', 'wipe', 'better', 'best']
 
 # %% ../../nbs/model/03_arrays.ipynb #ded514ad
 import os
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -85,6 +86,7 @@ class Shop(NamedTuple):
     on_sale: np.ndarray  # int32, articles sold within ON_SALE days
     log_sales: np.ndarray  # float64, of these
     scale: float  # of the product of two vectors
+    numbers: int  # one more than the largest of an article, a kind or a row of kin
 
 # %% ../../nbs/model/03_arrays.ipynb #67a3fc3d
 LEVELS = ["product", "department", "type", "colour", "section", "garment"]
@@ -160,6 +162,7 @@ def open_shop(known: Known, history: History) -> Shop:
         _ints(on_sale["article"]),
         np.log(on_sale["popularity"].to_numpy() + 0.1),
         known.space.scale if known.space else 0.0,
+        max(size, len(known.kin.customers), int((kinds + first).max()) + 1),
     )
 
 # %% ../../nbs/model/03_arrays.ipynb #7372141d
@@ -225,15 +228,18 @@ class Pad(NamedTuple):
 ONE = 2.0**40
 
 
-def new_pad(shop: Shop) -> Pad:
-    """A clean pad; each thread needs its own."""
-    size = max(len(shop.popularity), len(shop.kin_customer), int(shop.kinds.max()) + 1)
-    return Pad(
-        np.zeros(size, np.int64),
-        np.zeros(size, np.int32),
-        np.zeros(1, np.int64),
-        np.full(size, -1, np.int32),
-    )
+_thread = threading.local()
+
+
+def pad_for(shop: Shop) -> Pad:
+    """This thread's pad; all leave it clean."""
+    pad: Pad | None = getattr(_thread, "pad", None)
+    if pad is None or pad.sum.size < shop.numbers:
+        size = shop.numbers
+        sums, touched = np.zeros(size, np.int64), np.zeros(size, np.int32)
+        pad = Pad(sums, touched, np.zeros(1, np.int64), np.full(size, -1, np.int32))
+        _thread.pad = pad
+    return pad
 
 # %% ../../nbs/model/03_arrays.ipynb #c26aed7c
 @compiled

@@ -23,12 +23,11 @@ from hm_reco.model.arrays import (
     Shop,
     compiled,
     gather,
-    new_pad,
     open_shop,
     own_purchases,
+    pad_for,
 )
 from hm_reco.model.candidates import (
-    AT_ONCE,
     FOUND,
     LIMITS,
     SOURCES,
@@ -315,11 +314,10 @@ class Matrix:
 def add_features(shop: Shop, people: People, candidates: Candidates) -> Matrix:
     """Candidates with their features."""
 
-    def part(first: int) -> tuple[np.ndarray]:
-        rows = candidates.rows[first : first + AT_ONCE]
-        start = candidates.start[first : first + len(rows) + 1]
+    def part(block: slice) -> tuple[np.ndarray]:
+        rows, start = candidates.rows[block], candidates.start[block.start : block.stop + 1]
         found = (candidates.article, candidates.found)
-        return (_features(shop, people, rows, start, *found, new_pad(shop)),)
+        return (_features(shop, people, rows, start, *found, pad_for(shop)),)
 
     (values,) = in_threads(part, len(candidates.rows))
     pairs = {"customer": candidates.customer, "article": candidates.article}
