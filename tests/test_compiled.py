@@ -27,7 +27,7 @@ def compute(file: Path) -> None:
     booster = train([matrix], RankerSettings(rounds=5, min_data_in_leaf=5))
     lists = rank(open_forest(booster), matrix, 100, week.shop.popular.item)
     marks = exam_of(week, matrix).mark(np.asarray(booster.predict(matrix.values)))
-    found = {"candidates": matrix.pairs["article"].to_numpy(), "values": matrix.values}
+    found = {"candidates": matrix.article, "values": matrix.values}
     np.savez(file, marks=marks, **found, **lists._asdict())
 
 

@@ -30,7 +30,6 @@ from hm_reco.model.arrays import (
 from hm_reco.model.candidates import (
     FOUND,
     LIMITS,
-    SOURCES,
     Candidates,
     fade,
     in_threads,
@@ -290,7 +289,8 @@ class Matrix:
 
     values: np.ndarray  # float32, missing is NaN
     names: list[str]
-    pairs: pl.DataFrame  # customer, article; rows of a customer stand together
+    customer: np.ndarray  # int32; rows of a customer stand together
+    article: np.ndarray  # int32
     start: np.ndarray  # int64, where each customer's begin; one more than there are customers
     label: np.ndarray  # int8, 1 where bought; empty when unknown
 
@@ -305,10 +305,14 @@ class Matrix:
         return self.values[:, self.names.index(name)]
 
     @property
-    def source(self) -> np.ndarray:
-        """The number in `SOURCES` of the source that ranked each candidate highest."""
-        ranks = self.values[:, 1 : 2 * len(SOURCES) : 2]
-        return np.nan_to_num(ranks, nan=np.inf).argmin(axis=1).astype(np.int8)
+    def pairs(self) -> pl.DataFrame:
+        """`customer` and `article` of each row."""
+        return pl.DataFrame({"customer": self.customer, "article": self.article})
+
+    def take(self, rows: np.ndarray, start: np.ndarray) -> "Matrix":
+        """Some rows, in order; `start` as above."""
+        values, label = self.values[rows], self.label[rows]
+        return Matrix(values, self.names, self.customer[rows], self.article[rows], start, label)
 
 # %% ../../nbs/model/05_features.ipynb #e39259d8
 def add_features(shop: Shop, people: People, candidates: Candidates) -> Matrix:
@@ -320,8 +324,8 @@ def add_features(shop: Shop, people: People, candidates: Candidates) -> Matrix:
         return (_features(shop, people, rows, start, *found, pad_for(shop)),)
 
     (values,) = in_threads(part, len(candidates.rows))
-    pairs = {"customer": candidates.customer, "article": candidates.article}
-    return Matrix(values, FEATURES, pl.DataFrame(pairs), candidates.start, np.empty(0, np.int8))
+    who, what, start = candidates.customer, candidates.article, candidates.start
+    return Matrix(values, FEATURES, who, what, start, np.empty(0, np.int8))
 
 
 def candidates_for(

@@ -206,7 +206,7 @@ def explain(recommender: Recommender, customer: int, count: int = 5) -> pd.DataF
     row = np.searchsorted(recommender.people.number, [customer])
     matrix = candidates_for(recommender.shop, recommender.people, bundle.budget, row)
     scores = forest_scores(bundle.forest, matrix.values)
-    top = np.lexsort((matrix.pairs["article"].to_numpy(), -scores))[:count]
+    top = np.lexsort((matrix.article, -scores))[:count]
     parts = np.asarray(bundle.booster.predict(matrix.values[top], pred_contrib=True))[:, :-1]
     ids = recommender.history.articles.select("article", "article_id", "name")
     named = (

@@ -25,7 +25,7 @@ def thin(week: Matrix, keep: float, seed: int) -> Matrix:
     lot = np.random.default_rng(seed).random(len(week.label))
     rows = np.flatnonzero((week.label > 0) | (lot < keep))
     start = np.searchsorted(rows, week.start)
-    return Matrix(week.values[rows], week.names, week.pairs[rows], start, week.label[rows])
+    return week.take(rows, start)
 
 # %% ../../nbs/model/07_ranker.ipynb #7768572e
 def in_order(frame: pl.DataFrame, count: int, *by: str) -> pl.DataFrame:
@@ -90,18 +90,31 @@ class Lists(NamedTuple):
     source: np.ndarray  # int8, number in SOURCES
 
 
+_SOURCES, _POPULAR = len(SOURCES), SOURCES.index("popular")
+
+
 @compiled
-def _fill(lists: Lists, row: int, size: int, fill: np.ndarray, source: int) -> None:
+def _fill(lists: Lists, row: int, size: int, fill: np.ndarray) -> None:
     """Fill a list that has `size` articles up with those that it does not have."""
     for n in range(fill.size):
         if size < lists.article.shape[1] and not (lists.article[row, :size] == fill[n]).any():
-            lists.article[row, size], lists.source[row, size] = fill[n], source
+            lists.article[row, size], lists.source[row, size] = fill[n], _POPULAR
             size += 1
 
 # %% ../../nbs/model/07_ranker.ipynb #28ed61ff
 @compiled
+def _source(values: np.ndarray) -> int:
+    """The source that ranked a candidate highest, by its features."""
+    source, highest = 0, np.inf
+    for n in range(_SOURCES):
+        if values[2 * n + 1] < highest:
+            source, highest = n, values[2 * n + 1]
+    return source
+
+
+@compiled
 def _first(
-    lists: Lists, start: np.ndarray, article: np.ndarray, score: np.ndarray, source: np.ndarray
+    lists: Lists, start: np.ndarray, article: np.ndarray, score: np.ndarray, values: np.ndarray
 ) -> np.ndarray:
     """Put the best candidates of each customer into her list; how many there are."""
     sizes = np.empty(start.size - 1, np.int64)
@@ -112,7 +125,7 @@ def _first(
         for rank in range(sizes[row]):
             at = first + order[rank]
             lists.article[row, rank], lists.score[row, rank] = article[at], score[at]
-            lists.source[row, rank] = source[at]
+            lists.source[row, rank] = _source(values[at])
     return sizes
 
 
@@ -122,13 +135,12 @@ def _first_and_fill(
     start: np.ndarray,
     article: np.ndarray,
     score: np.ndarray,
-    source: np.ndarray,
+    values: np.ndarray,
     fill: np.ndarray,
-    popular: int,
 ) -> None:
-    sizes = _first(lists, start, article, score, source)
+    sizes = _first(lists, start, article, score, values)
     for row in range(sizes.size):
-        _fill(lists, row, sizes[row], fill, popular)
+        _fill(lists, row, sizes[row], fill)
 
 # %% ../../nbs/model/07_ranker.ipynb #ab83d500
 NO_FILL = np.empty(0, np.int32)
@@ -146,9 +158,8 @@ def rank(forest: Forest, matrix: Matrix, count: int = 12, fill: np.ndarray = NO_
     lists = Lists(
         np.full(shape, -1, np.int32), np.zeros(shape, np.float32), np.zeros(shape, np.int8)
     )
-    article, popular = matrix.pairs["article"].to_numpy(), SOURCES.index("popular")
     score = scores(forest, matrix.values)
-    _first_and_fill(lists, matrix.start, article, score, matrix.source, fill, popular)
+    _first_and_fill(lists, matrix.start, matrix.article, score, matrix.values, fill)
     return lists
 
 # %% ../../nbs/model/07_ranker.ipynb #3bb791f9
@@ -169,8 +180,8 @@ def to_frame(customers: np.ndarray, lists: Lists) -> pl.DataFrame:
 
 def score(booster: lgb.Booster, week: Matrix, count: int = 12) -> pl.DataFrame:
     """The `count` best candidates of each customer: `customer`, `article`, `score`, `rank`."""
-    customers = week.pairs["customer"].unique(maintain_order=True).to_numpy()
     some = replace(week, start=week.start[np.append(True, np.diff(week.start) > 0)])
+    customers = week.customer[some.start[:-1]]
     return to_frame(customers, rank(open_forest(booster), some, count)).drop("source")
 
 # %% ../../nbs/model/07_ranker.ipynb #63841e67

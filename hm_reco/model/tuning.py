@@ -83,8 +83,7 @@ def some_of(exam: Exam, count: int, seed: int) -> Exam:
     week, sizes = exam.week, np.diff(exam.week.start)[chosen]
     start = np.concatenate([[0], np.cumsum(sizes)])
     rows = np.repeat(week.start[chosen] - start[:-1], sizes) + np.arange(start[-1])
-    kept = Matrix(week.values[rows], week.names, week.pairs[rows], start, week.label[rows])
-    return Exam(kept, exam.customers[chosen], exam.bought[chosen])
+    return Exam(week.take(rows, start), exam.customers[chosen], exam.bought[chosen])
 
 
 def joined(exams: Sequence[Exam], seed: int = 0) -> Exam:
@@ -93,8 +92,9 @@ def joined(exams: Sequence[Exam], seed: int = 0) -> Exam:
     apart = [part.customers.astype(np.int64) + (n << 40) for n, part in enumerate(parts)]
     weeks = [part.week for part in parts]
     start = np.concatenate([[0], np.cumsum(np.concatenate([np.diff(w.start) for w in weeks]))])
-    values, label = (np.concatenate([getattr(w, n) for w in weeks]) for n in ("values", "label"))
-    week = Matrix(values, weeks[0].names, pl.concat(w.pairs for w in weeks), start, label)
+    columns = ("values", "customer", "article", "label")
+    joined = {name: np.concatenate([getattr(w, name) for w in weeks]) for name in columns}
+    week = Matrix(names=weeks[0].names, start=start, **joined)
     return Exam(week, np.concatenate(apart), np.concatenate([part.bought for part in parts]))
 
 # %% ../../nbs/model/08_tuning.ipynb #be9470a1
