@@ -14,6 +14,7 @@ from fastapi.testclient import TestClient
 from hm_reco.core.lake import Lake, put_file, scan
 from hm_reco.core.registry import champion
 from hm_reco.model.bundle import BundleError
+from hm_reco.model.history import load_history
 from hm_reco.stages.inference import EXAMPLE, MAX_BODY, create_app, load_champion, portraits
 from tests.conftest import free_port, wait_for
 
@@ -26,7 +27,7 @@ def client(trained_lake: Lake):
 
 @pytest.fixture(scope="module")
 def loyal(trained_lake: Lake) -> str:
-    return portraits(load_champion(trained_lake).history)["loyal"]
+    return portraits(load_history(trained_lake))["loyal"]
 
 
 def test_health_tells_the_model(client, trained_lake):

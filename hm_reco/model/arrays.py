@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['F', 'LEVELS', 'KINDS', 'OF_PRODUCT', 'OF_DEPARTMENT', 'OF_ALL', 'NEW_DAYS', 'NEW_ARTICLES', 'ON_SALE', 'ABOUT', 'OWN',
-           'ONE', 'compiled', 'Table', 'to_table', 'Shop', 'open_shop', 'own_purchases', 'People', 'gather',
-           'purchases_of', 'Pad', 'pad_for', 'add', 'wipe', 'better', 'best']
+           'ONE', 'compiled', 'Table', 'to_table', 'Shop', 'open_shop', 'own_purchases', 'People', 'gather', 'Pad',
+           'pad_for', 'add', 'wipe', 'better', 'best']
 
 # %% ../../nbs/model/03_arrays.ipynb #ded514ad
 import os
@@ -206,14 +206,6 @@ def gather(known: Known, own: pl.DataFrame, who: pl.DataFrame) -> People:
 
 # %% ../../nbs/model/03_arrays.ipynb #3f48ebb5
 OWN = ["article", "ago", "units", "price", "channel"]
-
-
-def purchases_of(people: People, rows: np.ndarray) -> pl.DataFrame:
-    """The purchases of the customers in some rows, as `own_purchases` has them."""
-    first, size = people.start[rows], np.diff(people.start)[rows]
-    at = np.repeat(first - np.cumsum(size) + size, size) + np.arange(size.sum())
-    columns = {name: getattr(people, name)[at] for name in OWN}
-    return pl.DataFrame({"customer": np.repeat(people.number[rows], size), **columns})
 
 # %% ../../nbs/model/03_arrays.ipynb #410a40f5
 class Pad(NamedTuple):

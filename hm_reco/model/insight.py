@@ -195,8 +195,12 @@ def reason_of(feature: str) -> str:
     )
 
 # %% ../../nbs/model/12_insight.ipynb #6f206295
-def explain(recommender: Recommender, customer: int, count: int = 5) -> pd.DataFrame:
+def explain(
+    recommender: Recommender, articles: pl.DataFrame, customer: int, count: int = 5
+) -> pd.DataFrame:
     """The first `count` articles of a customer, with the sources that proposed them and reasons.
+
+    `articles` is that of a `History`: it has the names.
 
     Raises `ValueError` when the model is a simple method: it needs no explanation.
     """
@@ -208,7 +212,7 @@ def explain(recommender: Recommender, customer: int, count: int = 5) -> pd.DataF
     scores = forest_scores(bundle.forest, matrix.values)
     top = np.lexsort((matrix.article, -scores))[:count]
     parts = np.asarray(bundle.booster.predict(matrix.values[top], pred_contrib=True))[:, :-1]
-    ids = recommender.history.articles.select("article", "article_id", "name")
+    ids = articles.select("article", "article_id", "name")
     named = (
         matrix.pairs[top]
         .select("article")

@@ -23,9 +23,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..core.lake import Lake, MissingTableError, open_lake
 from ..core.registry import NoModelError, champion
 from ..model.bundle import load_bundle
-from ..model.history import History, load_history, parse_day
-from ..model.history import as_of as history_as_of
-from ..model.recommend import Recommender, answer, open_recommender
+from ..model.history import History, load_history
+from ..model.recommend import Recommender, Visit, answer, number_of, open_recommender
+from ..model.state import load_state, states_of
 
 # %% ../../nbs/stages/50_inference.ipynb #edba0cb2
 CustomerId = Annotated[str, StringConstraints(min_length=1, max_length=64)]
@@ -80,7 +80,9 @@ class Health(BaseModel):
 # %% ../../nbs/stages/50_inference.ipynb #53ed4289
 def respond(recommender: Recommender, request: PredictRequest) -> PredictResponse:
     """The answer to a request."""
-    answers = answer(recommender, request.customer_ids, request.k, request.recent_articles)
+    numbers = (number_of(recommender.articles, id_) for id_ in request.recent_articles)
+    seen = Visit([number for number in numbers if number >= 0])
+    answers = answer(recommender, request.customer_ids, request.k, seen)
     found = [
         Recommendation(
             customer_id=customer_id,
@@ -100,14 +102,16 @@ def respond(recommender: Recommender, request: PredictRequest) -> PredictRespons
 log = logging.getLogger("hm_reco.inference")
 
 
-def load_champion(lake: Lake, day: str = "") -> Recommender:
-    """The champion with the history before `day` (YYYY-MM-DD; empty: all of it).
+def load_champion(lake: Lake) -> Recommender:
+    """The champion on its newest state, or on all purchases when inference has left none.
 
     Raises `NoModelError` or `MissingTableError` when the lake is not that far.
     """
     bundle = load_bundle(lake, champion(lake))
-    history = load_history(lake)
-    return open_recommender(history_as_of(history, parse_day(day, history)), bundle)
+    if states := states_of(lake, bundle.version):
+        return load_state(lake, bundle, states[-1].name)
+    log.warning("no state of %s: computing it; the stage inference leaves one", bundle.version)
+    return open_recommender(load_history(lake), bundle)
 
 # %% ../../nbs/stages/50_inference.ipynb #7333e754
 def _load_or_none(lake: Lake) -> Recommender | None:
@@ -174,7 +178,7 @@ def healthz(request: Request) -> Health:
         status="ok",
         model_version=recommender.bundle.version,
         method=recommender.bundle.method,
-        as_of=recommender.history.day,
+        as_of=recommender.day,
         loaded_since=request.app.state.loaded,
     )
 
