@@ -328,9 +328,12 @@ def serve(
     lake: LakeOption = None,
     host: Annotated[str | None, typer.Option(help="Default: the setting `host`.")] = None,
     port: Annotated[int | None, typer.Option(help="Default: the setting `port`.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that answer.")] = 1,
 ) -> None:
     """Serve the champion over REST, and the reports: /healthz, /predict, /reports/."""
     import uvicorn
+
+    from hm_reco.core.logs import log_config
 
     if lake:
         os.environ["HM_LAKE"] = lake
@@ -339,7 +342,10 @@ def serve(
         "hm_reco.stages.inference:app",
         host=host or settings.host,
         port=port or settings.port,
-        log_level=settings.log_level.lower(),
+        workers=workers,
+        log_config=log_config(settings.log_level),
+        access_log=False,  # the service logs its answers itself
+        server_header=False,
     )
 
 

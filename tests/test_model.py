@@ -32,6 +32,8 @@ from hm_reco.model.history import (
 )
 from hm_reco.model.ranker import RankerSettings, score, train
 from hm_reco.model.recommend import predict_all
+from hm_reco.service.app import create_app
+from hm_reco.service.switch import load, wanted
 from hm_reco.stages.demo import demo_lake
 from hm_reco.stages.eda import (
     daily_units,
@@ -43,7 +45,6 @@ from hm_reco.stages.eda import (
     sizes,
     temperature,
 )
-from hm_reco.stages.inference import create_app, load_champion
 from hm_reco.stages.training import metrics_of, plot_training, train_and_publish
 
 BASELINE = "own history, half-life 28 days"
@@ -168,7 +169,7 @@ def test_numbers_stay_when_customers_come():
 
 
 def test_predictions_do_not_depend_on_the_number_of_shards(trained_lake):
-    recommender = load_champion(trained_lake)
+    recommender = load(trained_lake, wanted(trained_lake)).recommender
     one, five = (predict_all(recommender, shards).sort("customer", "rank") for shards in (1, 5))
     assert one.equals(five)
 
