@@ -1,22 +1,29 @@
 """The REST service, by FastAPI's client and by a real process."""
 
+import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
+import polars as pl
 import pytest
 from fastapi.testclient import TestClient
 
 from hm_reco.core.lake import Lake, put_file, scan
 from hm_reco.core.registry import champion
 from hm_reco.model.history import load_history
+from hm_reco.model.recommend import predict_all, with_ids, with_lists
 from hm_reco.service.app import create_app
-from hm_reco.service.contract import EXAMPLE
-from hm_reco.service.guard import MAX_BODY
+from hm_reco.service.contract import EXAMPLE, PredictResponse, SimilarResponse
+from hm_reco.service.guard import MAX_BODY, ServiceSettings
 from hm_reco.stages.inference import portraits
 from tests.conftest import free_port, wait_for
 
@@ -150,3 +157,211 @@ def test_reports_are_offered_and_nothing_else(trained_lake: Lake):
             "/reports//etc/passwd.html",
         ):
             assert client.get(path).status_code == 404, path
+
+
+def test_a_thousand_customers_are_answered_as_in_the_batch(client, trained_lake):
+    service = client.app.state.service
+    now, history = service.switch.now, load_history(trained_lake)
+    lists = predict_all(now.recommender)
+    batch = with_ids(history, lists).collect()
+    ids = history.customers["customer_id"].sort().to_list()[:1_000]
+    ready = replace(now, recommender=with_lists(now.recommender, lists))
+    wanted = batch.filter(pl.col("customer_id").is_in(ids)).sort("customer_id", "rank")
+    try:
+        for service.switch.now in (now, ready):
+            rows = []
+            for first in range(0, len(ids), 100):
+                body = {"customer_ids": ids[first : first + 100]}
+                for part in client.post("/predict", json=body).json()["recommendations"]:
+                    rows += [
+                        (part["customer_id"], rank, *list(article.values())[:3])
+                        for rank, article in enumerate(part["articles"], 1)
+                    ]
+            online = pl.DataFrame(rows, batch.schema, orient="row").sort("customer_id", "rank")
+            assert online.equals(wanted)
+    finally:
+        service.switch.now = now
+
+
+def test_filters_hold_and_say_when_little_is_left(client, loyal):
+    body = {"customer_ids": [loyal, "a-stranger"], "k": 100, "filters": {"colours": ["black"]}}
+    answer = client.post("/predict", json=body).json()
+    catalogue = client.app.state.service.switch.now.catalogue.shown
+    colours = dict(catalogue.select("article_id", "colour").rows())
+    for part in answer["recommendations"]:
+        assert {colours[article["article_id"]] for article in part["articles"]} == {"Black"}
+        assert len(part["articles"]) + part["short_by"] == 100
+    narrow = body | {"filters": {"colours": ["black"], "price": {"least": 1e6}}}
+    nothing = client.post("/predict", json=narrow).json()["recommendations"][0]
+    assert nothing["articles"] == [] and nothing["short_by"] == 100
+    wrong = client.post("/predict", json=body | {"filters": {"colours": ["blakc"]}})
+    assert wrong.status_code == 422 and wrong.json()["errors"][0]["field"] == "filters.colours"
+    assert "black" in wrong.json()["detail"]
+
+
+def test_what_she_bought_and_what_is_excluded_stays_out(client, loyal, trained_lake):
+    plain = client.post("/predict", json={"customer_ids": [loyal], "k": 50}).json()
+    first = plain["recommendations"][0]["articles"][0]["article_id"]
+    for filters in ({"exclude_articles": [first]}, {"exclude_bought": True}):
+        body = {"customer_ids": [loyal], "k": 50, "filters": filters}
+        articles = client.post("/predict", json=body).json()["recommendations"][0]["articles"]
+        ids = {article["article_id"] for article in articles}
+        assert len(ids) == 50
+        if "exclude_bought" in filters:
+            history = load_history(trained_lake)
+            number = history.customers.filter(customer_id=loyal)["customer"][0]
+            bought = history.purchases.filter(customer=number).join(history.articles, on="article")
+            assert not ids & set(bought["article_id"])
+        else:
+            assert first not in ids
+
+
+def test_what_is_sold_out_is_never_shown(client, loyal):
+    service = client.app.state.service
+    now = service.switch.now
+    body = {"customer_ids": [loyal, "a-stranger"]}
+    first = client.post("/predict", json=body).json()["recommendations"][0]["articles"][0]
+    stock = now.catalogue.stock.copy()
+    stock[now.catalogue.shown["article_id"].to_list().index(first["article_id"])] = 0
+    try:
+        service.switch.now = replace(now, catalogue=replace(now.catalogue, stock=stock))
+        text = client.post("/predict", json=body).text
+        assert first["article_id"] not in text
+    finally:
+        service.switch.now = now
+
+
+def test_reasons_name_sources_features_and_a_purchase(client, loyal):
+    body = {"customer_ids": [loyal, "a-stranger"], "k": 5, "explain": True}
+    answer = client.post("/predict", json=body)
+    PredictResponse.model_validate_json(answer.text)
+    known, stranger = answer.json()["recommendations"]
+    assert any(article["reasons"]["because"] for article in known["articles"])
+    assert all(article["reasons"]["because"] is None for article in stranger["articles"])
+    for article in known["articles"]:
+        assert article["source"] in article["reasons"]["sources"]
+    many = client.post(
+        "/predict", json={"customer_ids": [f"{n}" for n in range(11)], "explain": True}
+    )
+    assert many.status_code == 422
+
+
+def test_similar_articles(client):
+    article = client.post("/predict", json=EXAMPLE).json()["recommendations"][0]["articles"][0]
+    answer = client.post("/similar", json={"article_id": article["article_id"], "k": 5})
+    given = SimilarResponse.model_validate_json(answer.text)
+    ids = [found.article_id for found in given.articles]
+    assert len(set(ids)) == 5 and article["article_id"] not in ids
+    assert client.post("/similar", json={"article_id": "0000000000"}).status_code == 404
+
+
+def test_the_model_tells_what_it_is(client, trained_lake):
+    card = client.get("/model").json()
+    assert card["model_version"] == champion(trained_lake) and card["map12"][card["method"]] > 0
+    ready = client.get("/readyz").json()
+    assert ready["status"] == "ok" and ready["age_days"] > 1_000 and ready["refused"] is None
+
+
+def test_every_answer_carries_the_request_id_and_security_headers(client):
+    answer = client.post("/predict", json=EXAMPLE, headers={"X-Request-ID": "mine-1"})
+    assert answer.json()["request_id"] == answer.headers["x-request-id"] == "mine-1"
+    for path in ("/healthz", "/nothing-here", "/predict"):
+        answer = client.get(path, headers={"X-Request-ID": "<script>"})
+        assert re.fullmatch("[0-9a-f]{32}", answer.headers["x-request-id"])
+        assert answer.headers["x-content-type-options"] == "nosniff"
+    assert client.get("/predict").status_code == 405
+    assert client.get("/nothing-here").json()["title"] == "Not found"
+
+
+def test_metrics_count_answers_sources_and_cold_customers(trained_lake):
+    with TestClient(create_app(trained_lake)) as client:
+        for _ in range(3):
+            client.post("/predict", json=EXAMPLE)
+        client.post("/predict", json={})
+        text = client.get("/metrics").text
+    for line in (
+        'hm_requests_total{route="/predict",status="200"} 3.0',
+        'hm_requests_total{route="/predict",status="422"} 1.0',
+        'hm_customers_total{cold="yes"} 3.0',
+        "hm_model_switches_total 1.0",
+        "hm_model_refused 0.0",
+    ):
+        assert line in text
+    assert 'hm_model_info{method="ranker",state="' in text or "hm_model_info{" in text
+
+
+def test_keys_and_rates(trained_lake):
+    hashed = hashlib.sha256(b"secret key").hexdigest()
+    settings = ServiceSettings(
+        api_keys=f"{hashed},{hashlib.sha256(b'new').hexdigest()}", rate_limit=2
+    )
+    with TestClient(create_app(trained_lake, settings)) as client:
+        assert client.get("/healthz").status_code == 200
+        refused = client.post("/predict", json=EXAMPLE)
+        assert refused.status_code == 401 and hashed not in refused.text
+        for key in ("secret key", "new"):
+            headers = {"X-API-Key": key}
+            codes = [
+                client.post("/predict", json=EXAMPLE, headers=headers).status_code for _ in range(4)
+            ]
+            assert codes[:2] == [200, 200] and codes[-1] == 429
+        last = client.post("/predict", json=EXAMPLE, headers=headers)
+        assert int(last.headers["retry-after"]) >= 1
+
+
+def test_deep_and_large_bodies_are_refused_before_they_are_parsed(client):
+    deep = client.post(
+        "/predict", content=b'{"customer_ids": ' + b"[" * 1_000 + b"]" * 1_000 + b"}"
+    )
+    assert deep.status_code == 400 and "nested" in deep.json()["detail"]
+    large = client.post("/predict", content=b" " * (MAX_BODY + 1))
+    assert large.status_code == 413 and large.json()["status"] == 413
+
+
+def test_a_full_queue_and_a_slow_answer_are_told(trained_lake, monkeypatch):
+    settings = ServiceSettings(queue=1, time_limit=0.3)
+    free = threading.Event()
+    monkeypatch.setattr("hm_reco.service.app.respond", lambda *asked: free.wait(20))
+    body = EXAMPLE | {"k": 50}  # more than was computed before
+    with TestClient(create_app(trained_lake, settings)) as client, ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: client.post("/predict", json=body), range(8)))
+        free.set()
+    assert {answer.status_code for answer in answers} == {503}
+    words = {answer.json()["detail"] for answer in answers}
+    assert words == {"1 requests wait already", "not in 0.3 s"}
+    assert all(answer.headers["retry-after"] for answer in answers)
+
+
+def test_an_error_shows_no_trace(trained_lake, monkeypatch):
+    monkeypatch.setattr("hm_reco.service.app.respond", lambda *asked: 1 / 0)
+    client = TestClient(create_app(trained_lake), raise_server_exceptions=False)
+    with client:
+        answer = client.post("/predict", json=EXAMPLE)
+    assert answer.status_code == 500 and "ZeroDivision" not in answer.text
+    assert answer.json()["request_id"] == answer.headers["x-request-id"]
+
+
+def test_ten_switches_under_load_lose_and_mix_nothing(trained_lake):
+    """Answers of one request all come from one model, whichever serves."""
+    with TestClient(create_app(trained_lake)) as client:
+        switch = client.app.state.service.switch
+        one = switch.now
+        bundle = replace(one.recommender.bundle, version="other")
+        other = replace(one, recommender=replace(one.recommender, bundle=bundle, lists=None))
+        stop, seen = threading.Event(), []
+
+        def ask() -> None:
+            while not stop.is_set():
+                answer = client.post("/predict", json=EXAMPLE | {"k": 20})
+                seen.append((answer.status_code, answer.json()["model_version"]))
+
+        with ThreadPoolExecutor(3) as pool:
+            asking = [pool.submit(ask) for _ in range(3)]
+            for turn in range(10):
+                switch.now = other if turn % 2 == 0 else one
+                time.sleep(0.1)
+            stop.set()
+            for task in asking:
+                task.result()
+    assert {code for code, _ in seen} == {200}
+    assert {version for _, version in seen} == {"other", one.key[0]}

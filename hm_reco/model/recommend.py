@@ -223,7 +223,7 @@ def at_visit(recommender: Recommender, rows: np.ndarray, visit: Visit) -> People
     start = np.concatenate([[0], np.cumsum(size + seen)]).astype(np.int64)
     about, space = people.about[rows], recommender.space
     place = (start, columns["article"], columns["ago"], about[:, 0])
-    vector = space.place(*place) if space else people.vector[rows]
+    vector = space.place(*place, together=4) if space else people.vector[rows]
     return People(people.number[rows], start, **columns, about=about, vector=vector)
 
 # %% ../../nbs/model/11_recommend.ipynb #798d1702

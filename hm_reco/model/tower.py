@@ -450,22 +450,27 @@ class Space:
         return 1 / (self.tower.settings.temperature * 127**2)
 
     def place(
-        self, start: np.ndarray, article: np.ndarray, ago: np.ndarray, age: np.ndarray
+        self,
+        start: np.ndarray,
+        article: np.ndarray,
+        ago: np.ndarray,
+        age: np.ndarray,
+        together: int = BLOCK,
     ) -> np.ndarray:
         """Vectors (int8) of customers of some `age` (years, NaN when unknown).
 
         Customer n bought `article` `ago` days ago from row `start[n]` to before `start[n + 1]`, the
-        newest first.
+        newest first. `together` pass the network at a time; a few are placed sooner by a few.
         """
-        places, size = self.tower.settings.recent, -(-len(age) // BLOCK) * BLOCK
+        places, size = self.tower.settings.recent, -(-len(age) // together) * together
         row, place, at = _newest(start, article, ago, places)
         seen, days = np.zeros((2, size, places), np.int32)
         valid, band = np.zeros((size, places), bool), np.zeros(size, np.int64)
         seen[row, place], days[row, place], valid[row, place] = article[at], ago[at], True
         band[: len(age)] = np.nan_to_num(np.clip(age // 10, 1, AGES - 1))
         vectors = np.empty((size, self.articles.shape[1]), np.int8)
-        for first in range(0, size, BLOCK):
-            block = slice(first, first + BLOCK)
+        for first in range(0, size, together):
+            block = slice(first, first + together)
             vectors[block] = _placed(self, seen[block], days[block], valid[block], band[block])
         return vectors[: len(age)]
 

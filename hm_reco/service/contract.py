@@ -78,8 +78,8 @@ class PredictRequest(Strict):
     recent_articles: list[ArticleId | Seen] = Field(
         [], max_length=50, description="Looked at by each of the customers; ids, or ids with times"
     )
-    filters: Filters = Filters()
-    context: Context = Context()
+    filters: Filters = Field(default_factory=Filters)
+    context: Context = Field(default_factory=Context)
     explain: bool = Field(False, description="Say for each article why; for at most 10 customers")
 
     @model_validator(mode="after")
@@ -94,7 +94,7 @@ class SimilarRequest(Strict):
 
     article_id: ArticleId
     k: int = Field(12, ge=1, le=100)
-    filters: Filters = Filters()
+    filters: Filters = Field(default_factory=Filters)
 
 # %% ../../nbs/service/00_contract.ipynb #738fd69d
 class Because(BaseModel):

@@ -1,0 +1,205 @@
+"""How many requests the service answers, and how soon, beside a bare FastAPI echo.
+
+    python bench/serving.py                        the sample world, 20,000 customers
+    python bench/serving.py --lake LAKE            a lake whose stages have run, of any size
+
+Needs `wrk`. Everything is measured in one run on this machine, wrk beside the service: look at the
+ratios to the echo. `live` asks for 20 articles, more than were computed at night, so candidates,
+features and ranks are computed for each request; `ready` asks for the 12 that lie in the state.
+p99 is given at full load and at 70 % of the live load, which pauses between requests bring about.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import httpx
+import psutil
+from fastapi import FastAPI
+
+from hm_reco.core.lake import Lake, open_lake, scan
+from hm_reco.service.contract import PredictRequest
+
+echo = FastAPI()
+
+
+@echo.post("/predict")
+async def repeat(asked: PredictRequest) -> PredictRequest:
+    """Answer what was asked."""
+    return asked
+
+
+class Load(NamedTuple):
+    """What wrk saw."""
+
+    rate: float  # requests a second
+    p50: float  # ms
+    p95: float
+    p99: float
+    errors: int
+
+
+SCRIPT = """
+local bodies, n = {}, 0
+for line in io.lines("%s") do bodies[#bodies + 1] = line end
+local headers = { ["Content-Type"] = "application/json" }
+function init(args) math.randomseed(os.time()); n = math.random(#bodies) end
+function request()
+  n = n %% #bodies + 1
+  return wrk.format("POST", "/predict", headers, bodies[n])
+end
+function delay() return %s end
+function done(summary, latency, requests)
+  local e = summary.errors
+  local failed = e.connect + e.read + e.write + e.status + e.timeout
+  io.write(string.format("RESULT %%f %%f %%f %%f %%d\\n",
+    summary.requests / summary.duration * 1e6, latency:percentile(50) / 1000,
+    latency:percentile(95) / 1000, latency:percentile(99) / 1000, failed))
+end
+"""
+
+
+def wrk(
+    port: int, bodies: list[Any], seconds: int, connections: int = 8, pause: float = 0.0
+) -> Load:
+    """Send bodies, on some connections, with random pauses (ms, mean) between requests."""
+    with TemporaryDirectory(prefix="hm-wrk-") as folder:
+        lines, script = Path(folder) / "bodies", Path(folder) / "script.lua"
+        lines.write_text("\n".join(json.dumps(body) for body in bodies))
+        wait = f"-math.log(1 - math.random()) * {pause:f}" if pause else "0"
+        script.write_text(SCRIPT % (lines, wait))
+        command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "10s"]
+        url = f"http://127.0.0.1:{port}"
+        out = subprocess.run(
+            [*command, "-s", str(script), url], check=True, capture_output=True, text=True
+        ).stdout
+    found = re.search(r"RESULT (\S+) (\S+) (\S+) (\S+) (\d+)", out)
+    assert found, out
+    *numbers, errors = found.groups()
+    return Load(*map(float, numbers), int(errors))
+
+
+@contextmanager
+def serving(*command: str, port: int, **environment: str) -> Iterator[psutil.Process]:
+    """A server on a port of this machine."""
+    with subprocess.Popen(command, env=os.environ | environment, stderr=subprocess.DEVNULL) as it:
+        try:
+            deadline = time.monotonic() + 300
+            while it.poll() is None and time.monotonic() < deadline:
+                try:
+                    httpx.get(f"http://127.0.0.1:{port}/openapi.json", timeout=1)
+                    break
+                except httpx.HTTPError:
+                    time.sleep(0.1)
+            yield psutil.Process(it.pid)
+        finally:
+            it.send_signal(signal.SIGTERM)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def prepare(folder: str, customers: int) -> Lake:
+    """A sample world with a trained model and its state."""
+    hm = str(Path(sys.executable).with_name("hm"))
+    lake = f"{folder}/lake"
+    few = ("-p", "evaluation_weeks=1", "-p", "training_weeks=2", "-p", "tuning_weeks=1")
+    source = ("--data", f"{folder}/source")
+    subprocess.run([hm, "sample", "--customers", str(customers), "--out", source[1]], check=True)
+    subprocess.run([hm, "run", "--lake", lake, *source, *few], check=True, capture_output=True)
+    return open_lake(lake)
+
+
+def requests_of(lake: Lake, count: int = 2_000) -> dict[str, list[dict[str, Any]]]:
+    """Bodies of each kind of request, about customers who bought in the last weeks."""
+    customers = scan(lake, "processed/customers").select("customer_id").collect()["customer_id"]
+    ids = customers.sample(min(count, len(customers)), seed=0).to_list()
+    articles = scan(lake, "predictions/strangers").collect()["article_id"].to_list()
+    draw = random.Random(0)
+    live = [{"customer_ids": [id_], "k": 20} for id_ in ids]
+    return {
+        "known, live": live,
+        "cold, live": [{"customer_ids": [f"stranger-{n}"], "k": 20} for n in range(count)],
+        "session of 3": [one | {"recent_articles": draw.sample(articles, 3)} for one in live],
+        "filtered": [
+            one | {"filters": {"colours": ["Black", "White"], "exclude_articles": articles[:3]}}
+            for one in live
+        ],
+        "known, ready": [{"customer_ids": [id_], "k": 12} for id_ in ids],
+        "100, live": [{"customer_ids": draw.sample(ids, 100), "k": 20} for _ in range(50)],
+    }
+
+
+def show(name: str, load: Load, beside: float) -> None:
+    """Print a line."""
+    print(
+        f"{name:<28}{load.rate:>9,.0f}{load.p50:>9.2f}{load.p95:>9.2f}{load.p99:>9.2f}"
+        f"{load.errors:>8}{load.rate / beside:>9.2f}",
+        flush=True,
+    )
+
+
+def measure(lake: Lake, seconds: int) -> None:
+    """Print the table."""
+    bodies, port, echo_port = requests_of(lake), free_port(), free_port()
+    print(f"{'':<28}{'req/s':>9}{'p50 ms':>9}{'p95':>9}{'p99':>9}{'errors':>8}{'x echo':>9}")
+    uvicorn = (sys.executable, "-m", "uvicorn", "--app-dir", str(Path(__file__).parent))
+    command = (*uvicorn, "serving:echo", "--port", str(echo_port), "--no-access-log")
+    with serving(*command, port=echo_port):
+        wrk(echo_port, bodies["known, ready"], 2)
+        bare = wrk(echo_port, bodies["known, ready"], seconds)
+        show("bare FastAPI echo", bare, bare.rate)
+    hm = str(Path(sys.executable).with_name("hm"))
+    begun = time.monotonic()
+    quiet = {"HM_LOG_LEVEL": "WARNING", "OMP_NUM_THREADS": "1"}
+    with serving(hm, "serve", "--lake", lake.root, "--port", str(port), port=port, **quiet) as it:
+        loaded = time.monotonic() - begun
+        loads = {}
+        for name, asked in bodies.items():
+            wrk(port, asked, 2)
+            loads[name] = wrk(port, asked, seconds, 2 if "100" in name else 8)
+            show(name, loads[name], bare.rate)
+        rate = 0.7 * loads["known, live"].rate
+        show(
+            "known, live, 70 % load",
+            wrk(port, bodies["known, live"], seconds, 8, 8e3 / rate),
+            bare.rate,
+        )
+        one = wrk(port, bodies["known, live"], seconds, 1)
+        many = wrk(port, bodies["100, live"], seconds, 1)
+        memory = it.memory_full_info()
+    print(f"\n100 customers at once take {many.p50 / one.p50:.1f} x as long as one")
+    own, whole = memory.uss / 1e9, memory.rss / 1e9
+    print(f"up after {loaded:.1f} s; {own:.2f} GB of its own, {whole:.2f} GB with what is mapped")
+
+
+def main() -> None:
+    """Run the bench."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("--lake", help="a lake whose stages have run; default: a sample world")
+    parser.add_argument("--customers", type=int, default=20_000, help="size of the sample world")
+    parser.add_argument("--seconds", type=int, default=10, help="of each measurement")
+    asked = parser.parse_args()
+    with TemporaryDirectory(prefix="hm-serving-") as folder:
+        lake = open_lake(asked.lake) if asked.lake else prepare(folder, asked.customers)
+        measure(lake, asked.seconds)
+
+
+if __name__ == "__main__":
+    main()
