@@ -244,3 +244,8 @@ def _points(values: Sequence[tuple[Entry, Any]]) -> list[dict[str, Any]]:
         | {"run_id": e.run_id, "value": v}
         for i, (e, v) in enumerate(values)
     ]
+
+
+def service_page(**values: Any) -> str:
+    """The service's page for people; see `service.html.j2` for what it shows."""
+    return _page("service.html.j2", **values)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = {
     "hm_reco/core": {"hm_reco.core"},
     "hm_reco/model": {"hm_reco.core", "hm_reco.model"},
-    "hm_reco/service": {"hm_reco.core", "hm_reco.model", "hm_reco.service"},
+    "hm_reco/service": {"hm_reco.core", "hm_reco.model", "hm_reco.service", "reports"},
     "hm_reco/stages": {"hm_reco.core", "hm_reco.model", "hm_reco.service", "hm_reco.stages"},
     "runner": {"hm_reco.core", "runner", "reports"},
     "reports": {"reports"},

@@ -159,7 +159,7 @@ def partial_dependence(
 
 # %% ../../nbs/model/12_insight.ipynb #a18a9035
 ABOUT: Mapping[str, tuple[str, ...]] = {
-    "she bought it before": ("pair_", "own_"),
+    "her purchases of it": ("pair_", "own_"),
     "like what she bought": (
         "likeness",
         "tower_",

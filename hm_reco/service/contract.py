@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CustomerId', 'ArticleId', 'Words', 'EXAMPLE', 'Strict', 'Price', 'Filters', 'Seen', 'Context', 'PredictRequest',
-           'SimilarRequest', 'Because', 'Reasons', 'Article', 'Recommendation', 'PredictResponse', 'SimilarResponse',
-           'Health', 'Ready', 'ModelCard', 'FieldProblem', 'Problem']
+           'SimilarRequest', 'Event', 'FeedbackRequest', 'FeedbackResponse', 'Because', 'Reasons', 'Article',
+           'Recommendation', 'PredictResponse', 'SimilarResponse', 'Health', 'Ready', 'ModelCard', 'FieldProblem',
+           'Problem']
 
 # %% ../../nbs/service/00_contract.ipynb #58800ebf
 import datetime as dt
@@ -95,6 +96,41 @@ class SimilarRequest(Strict):
     article_id: ArticleId
     k: int = Field(12, ge=1, le=100)
     filters: Filters = Field(default_factory=Filters)
+
+# %% ../../nbs/service/00_contract.ipynb #45561e76
+class Event(Strict):
+    """What a customer saw or did."""
+
+    kind: Literal["shown", "clicked", "bought"]
+    customer_id: CustomerId
+    article_id: ArticleId
+    at: dt.datetime | None = Field(None, description="When; empty: now")
+    answer_id: str = Field("", max_length=64, description="`request_id` of the answer, if any")
+    channel: Literal["store", "online"] = "online"
+    price: float | None = Field(
+        None, gt=0, le=1e6, description="Paid for one, in the unit of the transactions"
+    )
+
+    @model_validator(mode="after")
+    def _paid(self) -> "Event":
+        if self.kind == "bought" and self.price is None:
+            raise ValueError("price: is missing, and what was bought has one")
+        if self.at and self.at.timestamp() > dt.datetime.now(dt.UTC).timestamp() + 3600:
+            raise ValueError(f"at: {self.at.isoformat()} has not come yet")
+        return self
+
+
+class FeedbackRequest(Strict):
+    """Events, in any order."""
+
+    events: list[Event] = Field(min_length=1, max_length=100)
+
+
+class FeedbackResponse(BaseModel):
+    """Taken, and written to the lake within seconds."""
+
+    request_id: str
+    accepted: int
 
 # %% ../../nbs/service/00_contract.ipynb #738fd69d
 class Because(BaseModel):

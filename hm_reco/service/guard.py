@@ -33,6 +33,7 @@ class ServiceSettings(Settings):
     refresh: float = Field(30, gt=0, description="Seconds between looks at the registry")
     time_limit: float = Field(5, gt=0, description="Seconds that a request may take")
     queue: int = Field(64, ge=1, description="Requests that may wait; more are told to come back")
+    feedback: float = Field(5, gt=0, description="Seconds until feedback is written to the lake")
     rate_limit: float = Field(0, ge=0, description="Requests a second of a client; 0: any number")
     api_keys: SecretStr = Field(
         SecretStr(""), description="sha256 of each key that may ask, with commas; empty: anybody"
