@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--customers", type=int, default=20_000, help="size of the sample world")
     parser.add_argument("--weeks", type=int, default=4, help="weeks judged, the last ones")
     parser.add_argument("--minutes", type=float, default=5.0, help="time for tuning")
+    parser.add_argument("--refit", type=int, default=4, help="weeks between trainings")
     parser.add_argument("--examples", type=int, default=200_000, help="of the tower; 0: no tower")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
     asked = parser.parse_args()
@@ -158,7 +159,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="hm-quality-") as folder:
         lake = open_lake(str(Path(folder) / "lake"))
         history = read_history(lake, asked.source, asked.customers)
-        plan = Plan(history.day, evaluation_weeks=asked.weeks)
+        plan = Plan(history.day, evaluation_weeks=asked.weeks, refit_every=asked.refit)
         result = judge_ours(lake, history, plan, asked.minutes, asked.examples)
         print(f"{result.plan}\nbudget {result.probe.budget}, recall {result.candidate_recall:.3f}")
         print(

@@ -19,12 +19,15 @@ from fastapi.testclient import TestClient
 
 from hm_reco.core.lake import Lake, put_file, scan
 from hm_reco.core.registry import champion
+from hm_reco.core.sources import Source
 from hm_reco.model.history import load_history
 from hm_reco.model.recommend import predict_all, with_ids, with_lists
 from hm_reco.service.app import create_app
 from hm_reco.service.contract import EXAMPLE, PredictResponse, SimilarResponse
 from hm_reco.service.guard import MAX_BODY, ServiceSettings
+from hm_reco.stages.demo import demo_lake
 from hm_reco.stages.inference import portraits
+from hm_reco.stages.ingestion import ingest
 from tests.conftest import free_port, wait_for
 
 
@@ -365,3 +368,66 @@ def test_ten_switches_under_load_lose_and_mix_nothing(trained_lake):
                 task.result()
     assert {code for code, _ in seen} == {200}
     assert {version for _, version in seen} == {"other", one.key[0]}
+
+
+def event(kind: str, **more: object) -> dict[str, object]:
+    return {"kind": kind, "customer_id": "anna", "article_id": "0108775015"} | more
+
+
+def test_feedback_is_in_the_lake_after_a_clean_stop(lake):
+    with TestClient(create_app(lake)) as client:
+        body = {"events": [event("shown"), event("bought", price=0.02, channel="store")]}
+        assert client.post("/feedback", json=body).json()["accepted"] == 2
+        for wrong, where in (
+            ({"events": []}, "events"),
+            ({"events": [event("bought")]}, "events.0"),
+            ({"events": [event("shown", at="2999-01-01T00:00:00Z")]}, "events.0"),
+            ({"events": [event("stolen")]}, "events.0.kind"),
+        ):
+            answer = client.post("/feedback", json=wrong)
+            assert answer.status_code == 422 and answer.json()["errors"][0]["field"] == where
+    assert scan(lake, "feedback/events").collect()["kind"].to_list() == ["shown", "bought"]
+    bought = scan(lake, "feedback/bought").collect()
+    assert bought.select("article_id", "price", "sales_channel_id").row(0) == (
+        "0108775015",
+        0.02,
+        1,
+    )
+
+
+def test_what_was_bought_is_a_source_of_the_next_ingestion():
+    lake = demo_lake("ingestion", 200)
+    before = scan(lake, "raw/transactions").collect()
+    source = Path(lake.root).with_name("source")
+    customer, article = (
+        before.row(0, named=True)["customer_id"],
+        before.row(1, named=True)["article_id"],
+    )
+    with TestClient(create_app(lake)) as client:
+        body = {
+            "events": [
+                event("bought", price=0.02) | {"customer_id": customer, "article_id": article}
+            ]
+        }
+        assert client.post("/feedback", json=body).status_code == 200
+    told = Source(place=f"{lake.root}/feedback/bought", table="transactions")
+    ingest(lake, [Source(place=str(source)), told])
+    after = scan(lake, "raw/transactions").collect()
+    assert after.height == before.height + 1
+
+
+def test_the_page_shows_history_recommendations_and_a_session(client, loyal):
+    page = client.get("/", params={"q": loyal}).text
+    assert page.count("<li><a") > 12 and "Bought" in page and "another variant of it" in page
+    seen = re.search(r"seen=(\d{10})", page).group(1)
+    session = client.get("/", params={"q": loyal, "seen": [seen, "0000000000", "<b>"]})
+    assert "This session" in session.text and '<b>"' not in session.text
+    assert "script" not in session.text and "'none'" in session.headers["content-security-policy"]
+    for query in ("", "trousers", seen, "a-stranger", "<script>alert(1)</script>", "\x00"):
+        answer = client.get("/", params={"q": query})
+        assert answer.status_code == 200 and "<script" not in answer.text
+
+
+def test_the_page_without_a_model(lake):
+    with TestClient(create_app(lake)) as client:
+        assert "hm run" in client.get("/").text

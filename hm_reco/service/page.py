@@ -212,7 +212,7 @@ def page(now: Loaded | None, query: str = "", seen: Sequence[str] = ()) -> str:
         values["note"] = f"No customer and no article is called {query!r}."
     if seen:
         shown = [good(now, id_, customer, seen) for id_ in seen]
-        values["session"] = {"articles": shown, "clear": link(q=customer)}
+        values["session"] = {"articles": shown, "anew": link(q=customer)}
     return service_page(**values)
 
 
