@@ -288,10 +288,11 @@ def _route(
     function: Callable[..., Any],
     asked: type[BaseModel],
     given: type[BaseModel],
+    *more: int,
 ) -> None:
     """A POST route whose body and answer are read and written by `function` itself."""
     problems: dict[str, Any] = {"model": Problem, "content": {"application/problem+json": {}}}
-    answers: dict[int | str, dict[str, Any]] = dict.fromkeys(REFUSALS, problems)
+    answers: dict[int | str, dict[str, Any]] = dict.fromkeys((*REFUSALS, *more), problems)
     answers[200] = {"model": given}
     reference = {"application/json": {"schema": {"$ref": f"#/components/schemas/{asked.__name__}"}}}
     app.post(
@@ -327,7 +328,7 @@ def create_app(lake: Lake | None = None, settings: ServiceSettings | None = None
     if origins := [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]:
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"])
     _route(app, "/predict", predict, PredictRequest, PredictResponse)
-    _route(app, "/similar", alike, SimilarRequest, SimilarResponse)
+    _route(app, "/similar", alike, SimilarRequest, SimilarResponse, 404)
     _route(app, "/feedback", feedback, FeedbackRequest, FeedbackResponse)
     unavailable = {503: {"model": Problem}}
     app.get("/healthz")(healthz)
