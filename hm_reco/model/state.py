@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'MOST_HEADER', 'KINDS', 'SERVING', 'ARRAYS', 'MANIFEST', 'GOLDEN', 'StateError', 'map_arrays', 'check',
-           'About', 'golden', 'save_state', 'states_of', 'load_state']
+           'About', 'golden', 'state_name', 'save_state', 'states_of', 'load_state']
 
 # %% ../../nbs/model/13_state.ipynb #d1b62b60
 import hashlib
@@ -175,10 +175,16 @@ def golden(recommender: Recommender) -> dict[str, list[tuple[str, float]]]:
     }
 
 
+def state_name(recommender: Recommender, tables: Mapping[str, int]) -> str:
+    """The same for the same model, day and versions of tables."""
+    version, day = recommender.bundle.version, recommender.day.isoformat()
+    return f"{day}-{short_hash(json.dumps([version, day, sorted(tables.items())]))}"
+
+
 def save_state(lake: Lake, recommender: Recommender, tables: Mapping[str, int]) -> str:
     """Write what a recommender answers from, made from `tables`; returns its name."""
     version, day = recommender.bundle.version, recommender.day.isoformat()
-    name = f"{day}-{short_hash(json.dumps([version, day, sorted(tables.items())]))}"
+    name = state_name(recommender, tables)
     files = {}
     with TemporaryDirectory(prefix="hm-state-") as folder:
         arrays = Path(folder) / ARRAYS
