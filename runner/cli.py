@@ -324,6 +324,16 @@ def report(
 
 
 @app.command()
+def predict(
+    everybody: Annotated[bool, typer.Option("--all", help="Required: for all customers.")],
+    lake: LakeOption = None,
+    shards: Annotated[int, typer.Option(min=1, help="Buckets of customers, each kept.")] = 8,
+) -> None:
+    """Everybody's list into predictions/, by the stage inference; interrupted, it goes on."""
+    run(["inference"], lake=lake, parameter=[f"shards={shards}"])
+
+
+@app.command()
 def serve(
     lake: LakeOption = None,
     host: Annotated[str | None, typer.Option(help="Default: the setting `host`.")] = None,

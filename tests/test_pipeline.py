@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 
 from hm_reco.core.lake import Lake, open_lake, scan, table_version
 from hm_reco.core.ledger import read_ledger
+from hm_reco.model.recommend import answer, answer_table
+from hm_reco.service.switch import load, wanted
 from hm_reco.stages.ingestion import ingest
 from hm_reco.stages.processing import process
 from runner.cli import app
@@ -116,6 +118,15 @@ def test_s3_gives_the_same_recommendations(folder_lake, sample, s3):
     assert len(html) == 7 and head["ContentType"] == "text/html"
     for entry in read_ledger(lake):
         assert "testing-secret" not in json.dumps(vars(entry), default=str)
+
+
+def test_the_service_answers_from_the_state_that_inference_left(folder_lake):
+    served = load(folder_lake, wanted(folder_lake))
+    assert served.key[1].startswith("2020-09-16-") and served.recommender.lists is not None
+    table = scan(folder_lake, "predictions/customers").sort("customer_id", "rank").collect()
+    ids = table["customer_id"].unique().sort().to_list()[::40]
+    given = answer_table(answer(served.recommender, ids)).sort("customer_id", "rank")
+    assert given.equals(table.filter(pl.col("customer_id").is_in(ids)).select(given.columns))
 
 
 def test_recommend_knows_customers_and_strangers(folder_lake):
@@ -242,3 +253,12 @@ def test_processed_tables_do_not_depend_on_the_number_of_shards(sample, tmp_path
         columns = [column for column in one.columns if column != "shard"]
         assert one.select(columns).sort(columns).equals(three.select(columns).sort(columns)), name
     assert set(scan(lakes[3], "processed/purchases").collect()["shard"]) == {0, 1, 2}
+
+
+def test_predict_all_is_the_stage_inference(folder_lake):
+    before = scan(folder_lake, "predictions/customers").collect()
+    done = run("predict", "--all", "--lake", folder_lake.root, "--shards", "3")
+    assert done.exit_code == 0, done.output
+    after = scan(folder_lake, "predictions/customers").collect()
+    assert after.height == before.height and read_ledger(folder_lake)[-1].parameters["shards"] == 3
+    assert not list(folder_lake.path("predictions", "parts").rglob("*.parquet"))
