@@ -140,10 +140,14 @@ def purchases_of(people: People, rows: np.ndarray) -> pl.DataFrame:
     return pl.DataFrame({"customer": np.repeat(people.number[rows], size), **columns})
 
 
+def _sizes(people: People, rows: np.ndarray) -> np.ndarray:
+    """How many purchases the customers in some rows have."""
+    return people.start[rows + 1] - people.start[rows]
+
+
 def _places(people: People, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """How many purchases the customers in some rows have, and where they are."""
-    first = people.start[:-1][rows]
-    size = people.start[1:][rows] - first
+    first, size = people.start[rows], _sizes(people, rows)
     return size, np.repeat(first - np.cumsum(size) + size, size) + np.arange(size.sum())
 
 
@@ -251,7 +255,7 @@ def answer(
     ids = list(dict.fromkeys(customer_ids))
     rows = np.array([number_of(recommender.customers, id_) for id_ in ids])
     rows[rows == STRANGER] = len(recommender.people.number) - 1
-    size, _ = _places(recommender.people, rows)
+    size = _sizes(recommender.people, rows)
     lists = _lists(recommender, rows, count, visit, may, again)
     cold = (size == 0) & (not (visit and visit.articles))
     return {id_: _answer(recommender, lists, n, bool(cold[n])) for n, id_ in enumerate(ids)}

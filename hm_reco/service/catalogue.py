@@ -10,6 +10,7 @@ __all__ = ['WORDS', 'SHOWN', 'STOCK', 'ON_SALE', 'FilterError', 'Catalogue', 'op
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
 
 import numpy as np
 import polars as pl
@@ -55,6 +56,11 @@ class Catalogue:
     words: Mapping[str, dict[str, int]]  # by field: the codes
     stock: np.ndarray  # float32, units by article; NaN: not known
 
+    @cached_property
+    def sold_out(self) -> bool:
+        """Whether anything is."""
+        return bool((self.stock == 0).any())
+
 # %% ../../nbs/service/01_catalogue.ipynb #f487a987
 STOCK = "raw/stock"
 
@@ -94,6 +100,8 @@ def read_stock(lake: Lake, numbers: pl.DataFrame) -> np.ndarray:
 # %% ../../nbs/service/01_catalogue.ipynb #6087f13c
 def may(catalogue: Catalogue, recommender: Recommender, filters: Filters) -> Allowed | None:
     """Which articles fit; None: all. Raises `FilterError` for words that are not there."""
+    if not (catalogue.sold_out or filters.model_fields_set):
+        return None
     gone = catalogue.stock == 0
     parts = [_worded(catalogue, name, getattr(filters, name)) for name in WORDS]
     parts += [_priced(recommender, filters), _stocked(catalogue, recommender, filters)]

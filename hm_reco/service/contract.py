@@ -41,12 +41,14 @@ class Price(Strict):
 class Filters(Strict):
     """Only articles that fit all of these are recommended."""
 
-    index_groups: list[Words] = Field([], max_length=50, examples=[["Ladieswear"]])
-    departments: list[Words] = Field([], max_length=50)
-    colours: list[Words] = Field([], max_length=50, examples=[["Black", "White"]])
+    index_groups: list[Words] = Field(
+        default_factory=list, max_length=50, examples=[["Ladieswear"]]
+    )
+    departments: list[Words] = Field(default_factory=list, max_length=50)
+    colours: list[Words] = Field(default_factory=list, max_length=50, examples=[["Black", "White"]])
     price: Price | None = None
     in_stock: bool = Field(False, description="Only what is known to be in stock")
-    exclude_articles: list[ArticleId] = Field([], max_length=200)
+    exclude_articles: list[ArticleId] = Field(default_factory=list, max_length=200)
     exclude_bought: bool = Field(False, description="Not what the customer has bought before")
 
 # %% ../../nbs/service/00_contract.ipynb #d382f762
@@ -77,7 +79,9 @@ class PredictRequest(Strict):
     customer_ids: list[CustomerId] = Field(min_length=1, max_length=100)
     k: int = Field(12, ge=1, le=100, description="Articles for each customer")
     recent_articles: list[ArticleId | Seen] = Field(
-        [], max_length=50, description="Looked at by each of the customers; ids, or ids with times"
+        default_factory=list,
+        max_length=50,
+        description="Looked at by each of the customers; ids, or ids with times",
     )
     filters: Filters = Field(default_factory=Filters)
     context: Context = Field(default_factory=Context)

@@ -36,6 +36,8 @@ class Metrics:
         self.loaded = Gauge("hm_model_loaded_timestamp_seconds", "When it was loaded", **of)
         self.waiting = Gauge("hm_requests_waiting", "Requests being computed or waiting", **of)
         self._by_route: dict[tuple[str, int], tuple[Any, Any]] = {}
+        self._by_source: dict[str, Any] = {}
+        self._by_cold = {cold: self.customers.labels(cold) for cold in ("yes", "no")}
 
     def observe(self, route: str, status: int, seconds: float) -> None:
         """Count an answer."""
@@ -51,11 +53,13 @@ class Metrics:
         """Count the customers and articles of an answer."""
         sources: dict[str, int] = {}
         for given in response["recommendations"]:
-            self.customers.labels("yes" if given["cold"] else "no").inc()
+            self._by_cold["yes" if given["cold"] else "no"].inc()
             for article in given["articles"]:
                 sources[article["source"]] = sources.get(article["source"], 0) + 1
         for source, count in sources.items():
-            self.articles.labels(source).inc(count)
+            if source not in self._by_source:
+                self._by_source[source] = self.articles.labels(source)
+            self._by_source[source].inc(count)
 
     def serves(self, loaded: Loaded) -> None:
         """Tell what serves from now on."""
