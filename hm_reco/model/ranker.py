@@ -131,7 +131,7 @@ def _first(
             size += 1
     return size
 
-
+# %% ../../nbs/model/07_ranker.ipynb #99f8ee0c
 @compiled
 def _first_and_fill(
     lists: Lists,

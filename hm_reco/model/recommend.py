@@ -67,7 +67,7 @@ class Recommender:
     known: Known | None = None  # where a simple method answers
     lists: Lists | None = None  # computed before, by row in people
 
-
+# %% ../../nbs/model/11_recommend.ipynb #b83dde7d
 STRANGER = -1  # number of a customer who is in no table
 
 
@@ -150,7 +150,7 @@ def _places(people: People, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     first, size = people.start[rows], _sizes(people, rows)
     return size, np.repeat(first - np.cumsum(size) + size, size) + np.arange(size.sum())
 
-
+# %% ../../nbs/model/11_recommend.ipynb #5f40c5ab
 def _simple(
     recommender: Recommender, people: People, count: int, rows: np.ndarray, may: Allowed
 ) -> Lists:
@@ -197,7 +197,7 @@ class Visit:
         """Whether there is anything."""
         return bool(self.articles or self.later)
 
-
+# %% ../../nbs/model/11_recommend.ipynb #7bd67490
 def _clicks(shop: Shop, visit: Visit) -> dict[str, np.ndarray]:
     """What was looked at, as purchases."""
     ago = visit.ago or [1] * len(visit.articles)
@@ -210,7 +210,7 @@ def _clicks(shop: Shop, visit: Visit) -> dict[str, np.ndarray]:
     columns = {"article": article, "ago": days, "price": price, "units": one}
     return columns | {"channel": visit.channel * one}
 
-
+# %% ../../nbs/model/11_recommend.ipynb #dffe43ad
 def at_visit(recommender: Recommender, rows: np.ndarray, visit: Visit) -> People:
     """The customers in `rows`, as if they had bought what they looked at."""
     people, (size, at) = recommender.people, _places(recommender.people, rows)
@@ -288,7 +288,7 @@ def _lists(
     parts = [_unbought(recommender, people, row, count, may) for row in rows]
     return Lists(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
-
+# %% ../../nbs/model/11_recommend.ipynb #55752409
 def _unbought(
     recommender: Recommender, people: People, row: int, count: int, may: Allowed | None
 ) -> Lists:
@@ -332,7 +332,7 @@ def predict_shard(
     ]
     return pl.concat(parts).cast({"rank": pl.Int16, "source": pl.Categorical})
 
-
+# %% ../../nbs/model/11_recommend.ipynb #a9d72ec2
 def with_lists(recommender: Recommender, lists: pl.DataFrame) -> Recommender:
     """The recommender with everyone's lists at hand, as `predict_all` has them; nobody's too."""
     people, count = recommender.people, int(lists["rank"].max())  # type: ignore[arg-type]
@@ -350,7 +350,7 @@ def with_lists(recommender: Recommender, lists: pl.DataFrame) -> Recommender:
         column[last] = of_nobody
     return replace(recommender, lists=ready)
 
-
+# %% ../../nbs/model/11_recommend.ipynb #294ea4e7
 def predict_all(recommender: Recommender, shards: int = 1, count: int = 12) -> pl.DataFrame:
     """Every customer's list, as `predict_shard` has them; about 20 bytes a row."""
     return pl.concat(

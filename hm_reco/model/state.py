@@ -161,7 +161,7 @@ class About(NamedTuple):
     tables: Mapping[str, int]  # versions of what it was made from
     created: datetime
 
-
+# %% ../../nbs/model/13_state.ipynb #42f78aae
 GOLDEN = 20  # customers
 
 
@@ -180,7 +180,7 @@ def state_name(recommender: Recommender, tables: Mapping[str, int]) -> str:
     version, day = recommender.bundle.version, recommender.day.isoformat()
     return f"{day}-{short_hash(json.dumps([version, day, sorted(tables.items())]))}"
 
-
+# %% ../../nbs/model/13_state.ipynb #ae585510
 def save_state(lake: Lake, recommender: Recommender, tables: Mapping[str, int]) -> str:
     """Write what a recommender answers from, made from `tables`; returns its name."""
     version, day = recommender.bundle.version, recommender.day.isoformat()
@@ -239,7 +239,7 @@ def states_of(lake: Lake, version: str) -> list[About]:
         found.append(About(path.parent.name, about["version"], day, about["tables"], made))
     return sorted(found, key=lambda about: (about.day, about.created))
 
-
+# %% ../../nbs/model/13_state.ipynb #b78ee664
 def load_state(lake: Lake, bundle: Bundle, name: str) -> Recommender:
     """A recommender on a state. Raises `StateError` naming what is missing or does not match."""
     at = (*SERVING, bundle.version, name)

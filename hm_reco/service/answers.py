@@ -216,7 +216,7 @@ def similar(served: Served, request: SimilarRequest, request_id: str) -> dict[st
     short = request.k - len(articles)
     return about | {"article_id": request.article_id, "short_by": short, "articles": articles}
 
-
+# %% ../../nbs/service/02_answers.ipynb #57fd7c9c
 def _alike(recommender: Recommender, article: int) -> dict[str, np.ndarray]:
     shop = recommender.shop
 

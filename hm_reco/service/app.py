@@ -46,6 +46,7 @@ from .metrics import Metrics
 from .page import page
 from .switch import Loaded, Switch, model_card
 
+# %% ../../nbs/service/08_app.ipynb #47b41e48
 log = logging.getLogger("hm_reco.service")
 Result = TypeVar("Result")
 Body = TypeVar("Body", bound=BaseModel)
@@ -118,7 +119,7 @@ class Service:
         about |= scope["state"].get("about", {})
         log.info("%s %s", scope["method"], route, extra={"about": about})
 
-
+# %% ../../nbs/service/08_app.ipynb #863401c2
 def loaded(request: Request) -> Loaded:
     """What serves. Raises 503 when nothing does."""
     now: Loaded | None = request.app.state.service.switch.now
@@ -146,7 +147,7 @@ async def read(request: Request, kind: type[Body]) -> Body | Response:
             ]
         )
 
-
+# %% ../../nbs/service/08_app.ipynb #fab2e16a
 def _id(request: Request) -> str:
     return request.scope["state"]["request_id"]
 
@@ -154,7 +155,7 @@ def _id(request: Request) -> str:
 def _json(content: Any) -> Response:
     return Response(to_json(content), media_type="application/json")
 
-
+# %% ../../nbs/service/08_app.ipynb #6d2a1f35
 async def predict(request: Request) -> Response:
     """Recommend articles to customers; unknown ones get what sells, marked as cold."""
     asked, now = await read(request, PredictRequest), loaded(request)
@@ -195,7 +196,7 @@ async def alike(request: Request) -> Response:
         raise HTTPException(404, f"article_id: no article {asked.article_id} in the catalogue")
     return _json(given)
 
-
+# %% ../../nbs/service/08_app.ipynb #20cbd89f
 async def feedback(request: Request) -> Response:
     """Tell what customers saw, clicked and bought; it is in the lake within seconds."""
     asked = await read(request, FeedbackRequest)
@@ -207,7 +208,7 @@ async def feedback(request: Request) -> Response:
         raise HTTPException(503, str(err), {"Retry-After": "60"}) from err
     return _json({"request_id": _id(request), "accepted": len(asked.events)})
 
-
+# %% ../../nbs/service/08_app.ipynb #fac207bc
 async def healthz(request: Request) -> Health:
     """Is the service up, and what does it serve? Never touches the lake."""
     now: Loaded | None = request.app.state.service.switch.now
@@ -234,7 +235,7 @@ async def readyz(request: Request, response: Response) -> Ready:
     age = now.age_days(dt.datetime.now(dt.UTC).date()) if now else None
     return Ready(**_health(now), age_days=age, refused=switch.refused or None)
 
-
+# %% ../../nbs/service/08_app.ipynb #a86591ba
 async def model(request: Request) -> ModelCard:
     """The model that serves: how good it is, and what it was made from."""
     return model_card(loaded(request))
@@ -302,7 +303,7 @@ def _route(
         openapi_extra={"requestBody": {"required": True, "content": reference}},
     )(function)
 
-
+# %% ../../nbs/service/08_app.ipynb #9408970c
 def create_app(lake: Lake | None = None, settings: ServiceSettings | None = None) -> FastAPI:
     """The REST service on a lake (default: the setting `lake`)."""
     settings = settings or ServiceSettings()

@@ -55,7 +55,7 @@ def as_transactions(rows: pl.DataFrame) -> pl.DataFrame:
 class FullError(RuntimeError):
     """More events wait than memory is given for them."""
 
-
+# %% ../../nbs/service/06_feedback.ipynb #497c0f5f
 class Feedback:
     """Events on their way to a lake."""
 

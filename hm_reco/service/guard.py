@@ -78,7 +78,7 @@ def _field(location: tuple[str | int, ...]) -> str:
     parts = [str(part) for part in location if part not in ("body", "constrained-str", "Seen")]
     return ".".join(parts) or "body"
 
-
+# %% ../../nbs/service/04_guard.ipynb #6d6bd40e
 def add_problems(app: FastAPI) -> None:
     """Answer all errors with problem details, none of them with a stack trace."""
 

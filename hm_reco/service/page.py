@@ -91,7 +91,7 @@ KINDS = {
     ),
 }
 
-
+# %% ../../nbs/service/07_page.ipynb #cd84a533
 def drawing_of(kind: str) -> str:
     """The silhouette for a type of product."""
     words = kind.casefold()
@@ -124,7 +124,7 @@ def good(now: Loaded, id_: str, customer: str, seen: Sequence[str], *lines: str)
         "link": link(q=customer or id_, seen=more),
     }
 
-
+# %% ../../nbs/service/07_page.ipynb #882ad96e
 def history(now: Loaded, row: int, customer: str, seen: Sequence[str]) -> list[Good]:
     """What a customer bought, the newest first."""
     people = now.recommender.people
@@ -135,7 +135,7 @@ def history(now: Loaded, row: int, customer: str, seen: Sequence[str]) -> list[G
     texts = now.recommender.articles.text
     return [good(now, texts[article].decode(), customer, seen, _ago(ago)) for article, ago in found]
 
-
+# %% ../../nbs/service/07_page.ipynb #11ea1173
 def _ago(days: int) -> str:
     return (
         "the day before"
@@ -178,7 +178,7 @@ def found_by_name(now: Loaded, words: str, seen: Sequence[str]) -> list[Good]:
     best = numbers[np.argsort(-now.recommender.shop.popularity[numbers], kind="stable")[:FOUND]]
     return [good(now, now.recommender.articles.text[n].decode(), "", seen) for n in best]
 
-
+# %% ../../nbs/service/07_page.ipynb #2a9d0a10
 def examples(now: Loaded) -> list[dict[str, str]]:
     """Customers to begin with: one who came often and lately, some in between, a stranger."""
     people = now.recommender.people
