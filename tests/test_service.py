@@ -312,6 +312,13 @@ def test_keys_and_rates(trained_lake):
         assert int(last.headers["retry-after"]) >= 1
 
 
+def test_an_invented_key_gives_no_new_rate(trained_lake):
+    with TestClient(create_app(trained_lake, ServiceSettings(rate_limit=1))) as client:
+        keys = [{"X-API-Key": f"{n}"} for n in range(5)]
+        codes = [client.post("/predict", json=EXAMPLE, headers=key).status_code for key in keys]
+    assert codes[0] == 200 and 429 in codes
+
+
 def test_deep_and_large_bodies_are_refused_before_they_are_parsed(client):
     deep = client.post(
         "/predict", content=b'{"customer_ids": ' + b"[" * 1_000 + b"]" * 1_000 + b"}"

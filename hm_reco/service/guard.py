@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TITLES', 'MAX_BODY', 'MAX_DEPTH', 'OPEN', 'SECURITY', 'FAILED', 'log', 'Observe', 'ServiceSettings', 'problem',
-           'add_problems', 'does_not_fit', 'depth_of', 'read_body', 'Rate', 'known_key', 'Guard']
+           'add_problems', 'does_not_fit', 'depth_of', 'read_body', 'Rate', 'known_key', 'refusal_of', 'Guard']
 
 # %% ../../nbs/service/04_guard.ipynb #770dac0a
 import hashlib
@@ -178,6 +178,35 @@ log = logging.getLogger("hm_reco.service")
 Observe = Callable[[Scope, int, float], None]
 
 
+def refusal_of(
+    scope: Scope, headers: dict[bytes, bytes], hashes: list[bytes], rate: Rate
+) -> Response | None:
+    """Why a request is refused before it is read; None: it is not."""
+    if scope["path"] in OPEN:
+        return None
+    key = headers.get(b"x-api-key", b"").decode("latin-1")
+    if hashes and not known_key(key, hashes):
+        return problem(401, "header X-API-Key: missing or unknown")
+    # without keys anybody could invent a new one for each request
+    client = hashlib.sha256(key.encode()).hexdigest() if hashes else (scope["client"] or ("",))[0]
+    if wait := rate.wait(client):
+        words = f"more than {rate.rate:g} requests a second"
+        return problem(429, words, {"Retry-After": str(int(wait) + 1)})
+    return None
+
+# %% ../../nbs/service/04_guard.ipynb #74482a31
+def _watched(send: Send, request_id: str, status: list[int]) -> Send:
+    """Sends an answer with our headers, and adds its status."""
+
+    async def sent(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            status.append(message["status"])
+            message = {**message, "headers": _headers(message["headers"], request_id)}
+        await send(message)
+
+    return sent
+
+# %% ../../nbs/service/04_guard.ipynb #54db1006
 class Guard:
     """ASGI middleware around everything else."""
 
@@ -191,21 +220,14 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        begun, status = time.perf_counter(), 0
+        begun, status = time.perf_counter(), list[int]()
         headers = dict(scope["headers"])
         request_id = _request_id(headers)
         REQUEST_ID.set(request_id)
         scope.setdefault("state", {})["request_id"] = request_id
-
-        async def sent(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message = {**message, "headers": _headers(message["headers"], request_id)}
-            await send(message)
-
+        sent = _watched(send, request_id, status)
         try:
-            refusal = self._refusal(scope, headers)
+            refusal = refusal_of(scope, headers, self.hashes, self.rate)
             body = b""
             if refusal is None and scope["method"] in ("POST", "PUT", "PATCH"):
                 body, refusal = await read_body(scope, receive)
@@ -218,20 +240,7 @@ class Guard:
             if not status:
                 await problem(500, FAILED)(scope, receive, sent)
         finally:
-            self.observe(scope, status, time.perf_counter() - begun)
-
-    def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> Response | None:
-        """Why a request is refused before it is read."""
-        if scope["path"] in OPEN:
-            return None
-        key = headers.get(b"x-api-key", b"").decode("latin-1")
-        if self.hashes and not known_key(key, self.hashes):
-            return problem(401, "header X-API-Key: missing or unknown")
-        client = hashlib.sha256(key.encode()).hexdigest() if key else (scope["client"] or ("",))[0]
-        if wait := self.rate.wait(client):
-            words = f"more than {self.rate.rate:g} requests a second"
-            return problem(429, words, {"Retry-After": str(int(wait) + 1)})
-        return None
+            self.observe(scope, status[0] if status else 500, time.perf_counter() - begun)
 
 # %% ../../nbs/service/04_guard.ipynb #51208344
 def _request_id(headers: dict[bytes, bytes]) -> str:
