@@ -906,6 +906,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'hm_reco/service/switch.py'),
                                         'hm_reco.service.switch.Switch._load': ( 'service/switch.html#switch._load',
                                                                                  'hm_reco/service/switch.py'),
+                                        'hm_reco.service.switch.Switch._wanted': ( 'service/switch.html#switch._wanted',
+                                                                                   'hm_reco/service/switch.py'),
                                         'hm_reco.service.switch.Switch.look': ( 'service/switch.html#switch.look',
                                                                                 'hm_reco/service/switch.py'),
                                         'hm_reco.service.switch.check_speed': ( 'service/switch.html#check_speed',

@@ -76,10 +76,10 @@ def check_speed(recommender: Recommender, slow: float = SLOW) -> None:
     if seconds and median(seconds) > slow:
         raise SlowError(f"{recommender.bundle.version}: {median(seconds):.2f} s for one customer")
 
-# %% ../../nbs/service/03_switch.ipynb #4acbdce5
+# %% ../../nbs/service/03_switch.ipynb #f9e4f409
 PAUSE = 600  # seconds before what was refused is tried again
 
-
+# %% ../../nbs/service/03_switch.ipynb #4acbdce5
 class Switch:
     """Holds what serves (`now`) and replaces it (`look`)."""
 
@@ -95,13 +95,8 @@ class Switch:
 
         Whatever goes wrong leaves what serves in place.
         """
-        try:
-            key = wanted(self.lake)
-        except (NoModelError, MissingTableError) as err:
-            self.refused = str(err)
-            return False
-        except Exception as err:
-            log.warning("cannot see which model shall serve: %s", err)
+        key = self._wanted()
+        if key is None:
             return False
         if self.now and self.now.key == key:
             self.refused, self._tried = "", None
@@ -110,17 +105,24 @@ class Switch:
             return False
         return self._load(key)
 
-    def _load(self, key: tuple[str, str]) -> bool:
-        begun = time.perf_counter()
+    def _wanted(self) -> tuple[str, str] | None:
         try:
-            loaded = load(self.lake, key)
+            return wanted(self.lake)
+        except (NoModelError, MissingTableError) as err:
+            self.refused = str(err)
+        except Exception as err:
+            log.warning("cannot see which model shall serve: %s", err)
+        return None
+
+    def _load(self, key: tuple[str, str]) -> bool:
+        try:
+            self.now = load(self.lake, key)
         except Exception as err:  # a bad model must not end a good service
             self.refused, self._tried = f"{type(err).__name__}: {err}", (key, time.monotonic())
             log.error("model %s, state %r refused: %s", *key, self.refused)
             return False
-        self.now, self.refused, self._tried = loaded, "", None
-        seconds = time.perf_counter() - begun
-        log.info("model %s, state %r serves; loaded in %.1f s", *key, seconds)
+        self.refused, self._tried = "", None
+        log.info("model %s, state %r serves", *key)
         return True
 
 # %% ../../nbs/service/03_switch.ipynb #cf149b9a
