@@ -695,6 +695,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'hm_reco.model.tuning._average_precision': ( 'model/tuning.html#_average_precision',
                                                                                    'hm_reco/model/tuning.py'),
                                       'hm_reco.model.tuning._complete': ('model/tuning.html#_complete', 'hm_reco/model/tuning.py'),
+                                      'hm_reco.model.tuning._fewest': ('model/tuning.html#_fewest', 'hm_reco/model/tuning.py'),
                                       'hm_reco.model.tuning._lead': ('model/tuning.html#_lead', 'hm_reco/model/tuning.py'),
                                       'hm_reco.model.tuning._open_study': ('model/tuning.html#_open_study', 'hm_reco/model/tuning.py'),
                                       'hm_reco.model.tuning._outcome': ('model/tuning.html#_outcome', 'hm_reco/model/tuning.py'),

@@ -79,6 +79,22 @@ def test_smoothing_by_hand():
     assert smoothed([1.0] * 9 + [10.0])[-1] == pytest.approx((4 * 1.0 + 10.0) / 5)
 
 
+def test_the_fewest_trees_that_are_no_clear_loss(monkeypatch):
+    even = np.tile([0.2, 0.4], 50)
+    steps = [0.5 * even, even - 0.001 * (np.arange(100) % 3), even]  # the middle is .001 behind
+
+    def trees_when(marks: list[np.ndarray]) -> tuple[int, np.ndarray]:
+        monkeypatch.setattr(tuning, "AROUND", 0)
+        monkeypatch.setattr(tuning, "course", lambda *words: iter(marks))
+        return tuning.enough_trees(None, None, RankerSettings())
+
+    assert trees_when(steps)[0] == 3 * tuning.STEP  # behind for two of three customers: clear
+    noisy = even + 0.05 * np.random.default_rng(0).standard_normal(100)
+    noisy += (even - noisy).mean() - 0.001  # just as far behind, here more, there less
+    trees, marks = trees_when([steps[0], noisy, even])
+    assert trees == 2 * tuning.STEP and np.allclose(marks, noisy)
+
+
 def test_an_exam_marks_as_the_metric_does(weeks):
     (week, matrix), draw = weeks[0], np.random.default_rng(0)
     scores = draw.integers(0, 50, len(matrix.label)).astype(float)  # many ties

@@ -111,10 +111,10 @@ def course(
         yield exam.mark(scores)
 
 
-def smoothed(values: Sequence[float]) -> np.ndarray:
-    """Mean of each value and its `AROUND` neighbours on each side; at the ends of what is there."""
+def smoothed(values: Sequence[Any]) -> np.ndarray:
+    """Mean of each step and its `AROUND` neighbours on each side; at the ends of what is there."""
     return np.array(
-        [np.mean(values[max(n - AROUND, 0) : n + AROUND + 1]) for n in range(len(values))]
+        [np.mean(values[max(n - AROUND, 0) : n + AROUND + 1], axis=0) for n in range(len(values))]
     )
 
 # %% ../../nbs/model/08_tuning.ipynb #dc66e691
@@ -124,7 +124,7 @@ def enough_trees(
     settings: RankerSettings,
     told: Callable[[int, float], None] = lambda step, value: None,
 ) -> tuple[int, np.ndarray]:
-    """The number of trees that ranks the exam best, and each customer's AP@12 (smoothed).
+    """The fewest trees that rank the exam as well as any, and each customer's AP@12 (smoothed).
 
     `told` hears of each step, and may raise to stop it.
     """
@@ -136,8 +136,16 @@ def enough_trees(
         told(len(values) * STEP, float(smoothed(values)[-1]))
         if len(values) - int(np.argmax(smoothed(values))) > PATIENCE:
             break
-    at = int(np.argmax(smoothed(values)))
-    return (at + 1) * STEP, np.mean(marks[max(at - AROUND, 0) : at + AROUND + 1], axis=0)
+    around = smoothed(marks)
+    at = _fewest(around)
+    return (at + 1) * STEP, around[at]
+
+
+def _fewest(marks: np.ndarray) -> int:
+    """The first step at most one standard error worse than the best one; steps x customers."""
+    worse = marks[int(np.argmax(marks.mean(axis=1)))] - marks
+    error = worse.std(axis=1) / np.sqrt(worse.shape[1])
+    return int(np.argmax(worse.mean(axis=1) <= error))
 
 # %% ../../nbs/model/08_tuning.ipynb #42552f51
 STUDIES = ("artifacts", "studies")
