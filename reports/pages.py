@@ -249,3 +249,8 @@ def _points(values: Sequence[tuple[Entry, Any]]) -> list[dict[str, Any]]:
 def service_page(**values: Any) -> str:
     """The service's page for people; see `service.html.j2` for what it shows."""
     return _page("service.html.j2", **values)
+
+
+def shadow_page(**values: Any) -> str:
+    """How a challenger's answers differ; see `hm_reco.service.shadow.summary` for the figures."""
+    return _page("shadow.html.j2", **values)

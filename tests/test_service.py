@@ -4,12 +4,14 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
@@ -17,14 +19,25 @@ import polars as pl
 import pytest
 from fastapi.testclient import TestClient
 
-from hm_reco.core.lake import Lake, put_file, scan
-from hm_reco.core.registry import champion
+from hm_reco.core.lake import Lake, open_lake, put_file, scan
+from hm_reco.core.registry import (
+    NoModelError,
+    champion,
+    enter_model,
+    promote,
+    put_scores,
+    read_models,
+    read_scores,
+    rollback,
+)
 from hm_reco.core.sources import Source
+from hm_reco.model.bundle import load_bundle, save_bundle
 from hm_reco.model.history import load_history
 from hm_reco.model.recommend import predict_all, with_ids, with_lists
 from hm_reco.service.app import create_app
 from hm_reco.service.contract import EXAMPLE, PredictResponse, SimilarResponse
 from hm_reco.service.guard import MAX_BODY, ServiceSettings
+from hm_reco.service.shadow import SHADOW, challenger
 from hm_reco.stages.demo import demo_lake
 from hm_reco.stages.inference import portraits
 from hm_reco.stages.ingestion import ingest
@@ -351,30 +364,110 @@ def test_an_error_shows_no_trace(trained_lake, monkeypatch):
     assert answer.json()["request_id"] == answer.headers["x-request-id"]
 
 
-def test_ten_switches_under_load_lose_and_mix_nothing(trained_lake):
-    """Answers of one request all come from one model, whichever serves."""
-    with TestClient(create_app(trained_lake)) as client:
-        switch = client.app.state.service.switch
-        one = switch.now
-        bundle = replace(one.recommender.bundle, version="other")
-        other = replace(one, recommender=replace(one.recommender, bundle=bundle, lists=None))
-        stop, seen = threading.Event(), []
+@pytest.fixture
+def two_models(trained_lake: Lake, tmp_path: Path) -> tuple[Lake, str, str]:
+    """A lake with a champion, and a candidate that a year's change of mind made."""
+    shutil.copytree(trained_lake.root, tmp_path / "lake")
+    lake = open_lake(str(tmp_path / "lake"))
+    now = champion(lake)
+    bundle = load_bundle(lake, now)
+    other = replace(bundle, version="other", method="popular, 28 days", booster=None, tower=None)
+    save_bundle(lake, other)
+    put_scores(lake, "other", read_scores(lake, now))
+    made = next(model for model in read_models(lake) if model.version == now)
+    newer = {"event": "candidate", "method": other.method, "created": datetime.now(UTC)}
+    enter_model(lake, replace(made, version="other", **newer))
+    return lake, now, "other"
 
-        def ask() -> None:
-            while not stop.is_set():
-                answer = client.post("/predict", json=EXAMPLE | {"k": 20})
-                seen.append((answer.status_code, answer.json()["model_version"]))
 
-        with ThreadPoolExecutor(3) as pool:
-            asking = [pool.submit(ask) for _ in range(3)]
-            for turn in range(10):
-                switch.now = other if turn % 2 == 0 else one
-                time.sleep(0.1)
-            stop.set()
-            for task in asking:
-                task.result()
-    assert {code for code, _ in seen} == {200}
-    assert {version for _, version in seen} == {"other", one.key[0]}
+def ask_till(
+    stop: threading.Event, client: TestClient, body: dict[str, object]
+) -> list[httpx.Response]:
+    """Answers to one request again and again."""
+    answers = []
+    while not stop.is_set():
+        answers.append(client.post("/predict", json=body))
+    return answers
+
+
+def test_ten_switches_under_load_lose_and_mix_nothing(two_models):
+    """By promotion and rollback; answers of one request all come from one model."""
+    lake, one, other = two_models
+    ids = scan(lake, "processed/customers").head(20).collect()["customer_id"].to_list()
+    body = {"customer_ids": ids, "k": 20}
+    stop, lists = threading.Event(), {}
+    with (
+        TestClient(create_app(lake, ServiceSettings(refresh=0.05))) as client,
+        ThreadPoolExecutor(3) as pool,
+    ):
+        service = client.app.state.service
+        asking = [pool.submit(ask_till, stop, client, body) for _ in range(3)]
+        for turn in range(10):
+            promote(lake, other, force=True) if turn % 2 == 0 else rollback(lake)
+            wanted = (other, one)[turn % 2]
+            end = time.monotonic() + 60
+            while service.switch.now.key[0] != wanted and time.monotonic() < end:
+                time.sleep(0.02)
+            time.sleep(0.1)
+            alone = client.post("/predict", json=body).json()
+            assert alone["model_version"] == wanted, f"switch {turn}"
+            lists[wanted] = alone["recommendations"]
+        stop.set()
+        answers = [answer for task in asking for answer in task.result()]
+    assert {answer.status_code for answer in answers} == {200}
+    for answer in answers:
+        given = answer.json()
+        assert given["recommendations"] == lists[given["model_version"]]
+    assert {answer.json()["model_version"] for answer in answers} == {one, other}
+    assert lists[one] != lists[other]
+
+
+def test_a_challenger_answers_aside(two_models, monkeypatch):
+    lake, one, other = two_models
+    ids = scan(lake, "processed/customers").head(2).collect()["customer_id"].to_list()
+    settings = ServiceSettings(shadow_share=1, refresh=60, feedback=60)
+    with TestClient(create_app(lake, settings)) as client:
+        given = client.post("/predict", json={"customer_ids": ids}).json()
+        client.post("/predict", json={"customer_ids": ["a-stranger"], "k": 3})
+        client.app.state.service.shadow.pool.submit(int).result()  # after the two
+        monkeypatch.setattr("hm_reco.service.shadow.respond", lambda *asked: 1 / 0)
+        assert client.post("/predict", json={"customer_ids": ids}).status_code == 200
+        client.app.state.service.shadow.pool.shutdown()
+        text = client.get("/metrics").text
+    assert given["model_version"] == one
+    assert f'hm_shadow_info{{state="",version="{other}"}} 1.0' in text
+    assert 'hm_shadow_requests_total{outcome="compared"} 2.0' in text
+    assert 'hm_shadow_requests_total{outcome="failed"} 1.0' in text
+    rows = scan(lake, SHADOW).collect()
+    assert rows["challenger"].unique().to_list() == [other]
+    assert [len(shown) for shown in rows["shown"]] == [12, 12, 3]
+    assert rows["shown"][0].to_list() == [
+        article["article_id"] for article in given["recommendations"][0]["articles"]
+    ]
+    assert not any(id_ in str(rows.to_dicts()) for id_ in ids)
+    page = lake.path("reports", "shadow.html").read_text()
+    assert f"hm promote {other}" in page and "of strangers <b>33 %" in page
+
+
+def test_a_challenger_that_is_behind_is_passed_over(two_models, monkeypatch):
+    lake, *_ = two_models
+    free = threading.Event()
+    monkeypatch.setattr("hm_reco.service.shadow.MOST_WAITING", 2)
+    monkeypatch.setattr("hm_reco.service.shadow.respond", lambda *asked: free.wait(20))
+    with TestClient(create_app(lake, ServiceSettings(shadow_share=1))) as client:
+        codes = {client.post("/predict", json=EXAMPLE).status_code for _ in range(5)}
+        text = client.get("/metrics").text
+        free.set()
+    assert codes == {200} and 'hm_shadow_requests_total{outcome="passed over"} 3.0' in text
+
+
+def test_who_may_be_the_challenger(two_models):
+    lake, one, other = two_models
+    assert challenger(lake) == (other, "")
+    assert challenger(lake, one)[0] == one
+    promote(lake, other, force=True)
+    with pytest.raises(NoModelError, match="no candidate"):
+        challenger(lake)
 
 
 def event(kind: str, **more: object) -> dict[str, object]:

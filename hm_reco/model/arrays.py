@@ -81,7 +81,7 @@ class Shop(NamedTuple):
     new: np.ndarray  # int32, best sellers among the articles that are new
     kin: Table  # what one of `kin_customer` bought
     kin_of: Table  # which of them bought an article
-    kin_customer: np.ndarray  # int32, their customer numbers
+    kin_customer: np.ndarray  # int32, their customer numbers, sorted
     vectors: np.ndarray  # (articles, width) int8 in the tower's space; width 0: no tower
     on_sale: np.ndarray  # int32, articles sold within ON_SALE days
     log_sales: np.ndarray  # float64, of these

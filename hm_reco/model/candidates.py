@@ -151,16 +151,24 @@ ALIKE = 50  # customers
 
 
 @compiled
+def _place(numbers: np.ndarray, wanted: int) -> int:
+    """Where a number is among sorted ones, or -1."""
+    at = np.searchsorted(numbers, wanted)
+    return int(at) if at < numbers.size and numbers[at] == wanted else -1
+
+
+@compiled
 def _alike(shop: Shop, her: Her, pad: Pad) -> tuple[np.ndarray, np.ndarray]:
     """The customers nearest to her (cosine of faded purchases), herself left out."""
     length = 0.0
     for n in range(her.distinct.size):
         length += fade(her.since[n], KIN_HALF_LIFE) ** 2
+    herself = _place(shop.kin_customer, her.number)
     for n in range(her.distinct.size):
         weight = fade(her.since[n], KIN_HALF_LIFE) / np.sqrt(length)
         article = her.distinct[n]
         for at in range(shop.kin_of.start[article], shop.kin_of.start[article + 1]):
-            if shop.kin_customer[shop.kin_of.item[at]] != her.number:
+            if shop.kin_of.item[at] != herself:
                 add(pad, shop.kin_of.item[at], weight * shop.kin_of.weight[at])
     who, alike = np.empty(ALIKE, np.int32), np.empty(ALIKE, np.float32)
     size = best(pad, NO_TIES, ALIKE, who, alike)

@@ -38,6 +38,10 @@ class ServiceSettings(Settings):
     api_keys: SecretStr = Field(
         SecretStr(""), description="sha256 of each key that may ask, with commas; empty: anybody"
     )
+    shadow_share: float = Field(
+        0, ge=0, le=1, description="Share of requests that a challenger answers too, aside"
+    )
+    shadow: str = Field("", description="Version of the challenger; empty: the newest candidate")
     cors_origins: str = Field("", description="Web origins whose scripts may ask, with commas")
 
     def key_hashes(self) -> list[bytes]:
