@@ -425,9 +425,15 @@ def from_bytes(data: bytes) -> Tower:
         about = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["tower"])
     except (ValueError, KeyError) as err:
         raise ValueError(f"no tower: {len(data)} bytes without the header of one") from err
-    tower = Tower(Vocabulary(**about["vocabulary"]), TowerSettings(**about["settings"]))
+    made_of = Vocabulary(**about["vocabulary"]), TowerSettings(**about["settings"])
     parts = load_tensors(data)
-    tower.load_state_dict({k.removeprefix("weight/"): v for k, v in parts.items() if k[0] == "w"})
+    weights = {k.removeprefix("weight/"): v for k, v in parts.items() if k[0] == "w"}
+    with torch.device("meta"):  # sizes without memory
+        sizes = {name: value.shape for name, value in Tower(*made_of).state_dict().items()}
+    if sizes != {name: value.shape for name, value in weights.items()}:
+        raise ValueError("no tower: weights of other sizes than its settings say")
+    tower = Tower(*made_of)
+    tower.load_state_dict(weights)
     tower.adam = {k.removeprefix("adam/"): v for k, v in parts.items() if k[0] == "a"}
     tower.until = date.fromisoformat(about["until"]) if about["until"] else None
     tower.steps, tower.done = about["steps"], about["done"]
