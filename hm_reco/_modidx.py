@@ -284,6 +284,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'hm_reco.model.arrays.Shop': ('model/arrays.html#shop', 'hm_reco/model/arrays.py'),
                                       'hm_reco.model.arrays.Table': ('model/arrays.html#table', 'hm_reco/model/arrays.py'),
                                       'hm_reco.model.arrays._best_sellers': ('model/arrays.html#_best_sellers', 'hm_reco/model/arrays.py'),
+                                      'hm_reco.model.arrays._cache_folder': ('model/arrays.html#_cache_folder', 'hm_reco/model/arrays.py'),
                                       'hm_reco.model.arrays._described': ('model/arrays.html#_described', 'hm_reco/model/arrays.py'),
                                       'hm_reco.model.arrays._ints': ('model/arrays.html#_ints', 'hm_reco/model/arrays.py'),
                                       'hm_reco.model.arrays._numbered': ('model/arrays.html#_numbered', 'hm_reco/model/arrays.py'),

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import boto3
@@ -52,34 +53,42 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def s3() -> Iterator[str]:
-    """The root of an empty S3 bucket on a server of our own, with the environment set for it."""
+@contextmanager
+def moto_server() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """An S3 of our own: its address and its process."""
     # a process of its own: deltalake waits for S3 without letting go of Python's lock
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    command = [
-        str(Path(sys.executable).with_name("moto_server")),
-        "-H",
-        "127.0.0.1",
-        "-p",
-        str(port),
-    ]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for(f"{url}/moto-api/data.json")
-    settings = {
+    command = [str(Path(sys.executable).with_name("moto_server")), "-H", "127.0.0.1"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([*command, "-p", str(port)], **quiet) as server:
+        try:
+            wait_for(f"{url}/moto-api/data.json")
+            yield url, server
+        finally:
+            server.terminate()
+
+
+def s3_settings(url: str) -> dict[str, str]:
+    """The environment for a server of our own."""
+    return {
         "AWS_ENDPOINT_URL": url,
         "AWS_ACCESS_KEY_ID": "testing",
         "AWS_SECRET_ACCESS_KEY": "testing-secret",
         "AWS_DEFAULT_REGION": "us-east-1",
     }
-    os.environ |= settings
-    boto3.client("s3").create_bucket(Bucket=BUCKET)
-    yield f"s3://{BUCKET}"
-    server.terminate()
-    server.wait(timeout=30)
-    for name in settings:
-        del os.environ[name]
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """The root of an empty S3 bucket on a server of our own, with the environment set for it."""
+    with moto_server() as (url, _):
+        settings = s3_settings(url)
+        os.environ |= settings
+        boto3.client("s3").create_bucket(Bucket=BUCKET)
+        yield f"s3://{BUCKET}"
+        for name in settings:
+            del os.environ[name]
 
 
 @pytest.fixture(scope="session")

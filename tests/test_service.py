@@ -9,13 +9,17 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import boto3
 import httpx
 import polars as pl
+import psutil
 import pytest
 from fastapi.testclient import TestClient
 
@@ -41,7 +45,7 @@ from hm_reco.service.shadow import SHADOW, challenger
 from hm_reco.stages.demo import demo_lake
 from hm_reco.stages.inference import portraits
 from hm_reco.stages.ingestion import ingest
-from tests.conftest import free_port, wait_for
+from tests.conftest import BUCKET, free_port, moto_server, s3_settings, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +149,75 @@ def test_a_real_process_serves(trained_lake, loyal):
             process.terminate()
             _, log = process.communicate(timeout=30)
     assert re.search(r"Application shutdown complete", log)
+
+
+def workers_of(process: psutil.Process) -> list[psutil.Process]:
+    """The processes that answer, below `hm serve --workers`."""
+    found = []
+    for one in process.children(recursive=True):
+        with suppress(psutil.Error):  # it has just ended
+            found += [one] * ("spawn_main" in " ".join(one.cmdline()))
+    return found
+
+
+def ask_and_count(stop: threading.Event, url: str, counts: Counter[str]) -> None:
+    """Ask on a connection; one that breaks is opened anew."""
+    while not stop.is_set():
+        try:
+            with httpx.Client(timeout=60) as client:
+                while not stop.is_set():
+                    answer = client.post(f"{url}/predict", json=EXAMPLE)
+                    counts[str(answer.status_code)] += 1
+        except httpx.TransportError:
+            counts["lost"] += 1
+
+
+def test_a_killed_worker_loses_its_requests_in_flight_alone(trained_lake):
+    port, asking = free_port(), 6
+    command = [str(Path(sys.executable).with_name("hm")), "serve", "--lake", trained_lake.root]
+    command += ["--port", str(port), "--workers", "2"]
+    stop, counts = threading.Event(), Counter[str]()
+    with (
+        subprocess.Popen(command, stderr=subprocess.DEVNULL) as process,
+        ThreadPoolExecutor(asking) as pool,
+    ):
+        try:
+            service, url = psutil.Process(process.pid), f"http://127.0.0.1:{port}"
+            wait_for(f"{url}/readyz")
+            for _ in range(asking):
+                pool.submit(ask_and_count, stop, url, counts)
+            time.sleep(2)
+            before = workers_of(service)
+            before[0].kill()
+            killed, end = counts["200"], time.monotonic() + 60
+            while before[0] in workers_of(service) or len(workers_of(service)) < len(before):
+                assert time.monotonic() < end, "no new worker"
+                time.sleep(0.1)
+            time.sleep(2)
+        finally:
+            stop.set()
+            process.terminate()
+    assert counts["200"] > killed > 0
+    assert 0 <= counts["lost"] <= asking and set(counts) <= {"200", "lost"}
+
+
+def test_answers_go_on_while_s3_is_away(trained_lake, tmp_path):
+    with moto_server() as (url, server), pytest.MonkeyPatch.context() as patch:
+        for name, value in s3_settings(url).items():
+            patch.setenv(name, value)
+        boto3.client("s3").create_bucket(Bucket=BUCKET)
+        lake = open_lake(f"s3://{BUCKET}/away")
+        lake.path().upload_from(Path(trained_lake.root))
+        settings = ServiceSettings(refresh=0.1, feedback=60)
+        with TestClient(create_app(lake, settings)) as client:
+            body = EXAMPLE | {"k": 30}
+            before = client.post("/predict", json=body).json()["recommendations"]
+            server.kill()
+            server.wait()
+            time.sleep(0.5)  # some looks at the registry
+            for path in ("/healthz", "/readyz", "/model", "/metrics", "/"):
+                assert client.get(path).status_code == 200, path
+            assert client.post("/predict", json=body).json()["recommendations"] == before
 
 
 def test_scores_are_json_numbers(client):

@@ -8,9 +8,12 @@ __all__ = ['F', 'LEVELS', 'KINDS', 'OF_PRODUCT', 'OF_DEPARTMENT', 'OF_ALL', 'NEW
            'pad_for', 'add', 'wipe', 'better', 'best']
 
 # %% ../../nbs/model/03_arrays.ipynb #ded514ad
+import atexit
 import os
+import shutil
 import threading
 from collections.abc import Callable
+from tempfile import mkdtemp
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -23,17 +26,30 @@ from .history import History
 from .known import AGE_BANDS, ONLINE, STATE, Known, days_ago
 
 # %% ../../nbs/model/03_arrays.ipynb #ed116839
-if not config.CACHE_DIR and os.access(PACKAGE, os.W_OK):  # type: ignore[attr-defined]
-    key = modules_key("hm_reco.model.features")
-    folder = PACKAGE / "__pycache__" / f"numba-{key}"
-    config.CACHE_DIR = str(folder)  # type: ignore[attr-defined]
+def _cache_folder() -> str:
+    """Beside the package, or a copy of what lies there for this process alone; empty: none."""
+    beside = PACKAGE / "__pycache__" / f"numba-{modules_key('hm_reco.model.features')}"
+    if os.access(PACKAGE, os.W_OK):
+        return str(beside)
+    try:
+        folder = mkdtemp(prefix="hm-numba-")
+    except OSError:  # nowhere to write
+        return ""
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    if beside.is_dir():
+        shutil.copytree(beside, folder, dirs_exist_ok=True)
+    return folder
+
+
+if not config.CACHE_DIR:  # type: ignore[attr-defined]
+    config.CACHE_DIR = _cache_folder()  # type: ignore[attr-defined]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def compiled(function: F) -> F:
     """Compile a function; it then runs without Python's lock."""
-    kept = function.__module__ != "__main__"
+    kept = bool(config.CACHE_DIR) and function.__module__ != "__main__"  # type: ignore[attr-defined]
     return njit(nogil=True, error_model="numpy", cache=kept)(function)  # type: ignore[return-value]
 
 # %% ../../nbs/model/03_arrays.ipynb #7a1c8b7e

@@ -87,9 +87,9 @@ class Feedback:
     def close(self, folder: Path | None = None) -> list[Path]:
         """Write what waits: to the lake, or to files, whose paths are returned."""
         self.write()
-        left = [_spilled(folder or Path(gettempdir()), *batch) for batch in self.batches]
+        left = [_spilled(folder, *batch) for batch in self.batches]
         self.batches = []
-        return left
+        return [path for path in left if path]
 
 # %% ../../nbs/service/06_feedback.ipynb #21a6f4c5
 def written(lake: Lake, table: str, rows: pl.DataFrame) -> bool:
@@ -103,8 +103,13 @@ def written(lake: Lake, table: str, rows: pl.DataFrame) -> bool:
     return True
 
 
-def _spilled(folder: Path, table: str, rows: pl.DataFrame) -> Path:
-    path = folder / f"hm-{table.replace('/', '-')}-{uuid4().hex}.parquet"
-    rows.write_parquet(path)
+def _spilled(folder: Path | None, table: str, rows: pl.DataFrame) -> Path | None:
+    name = f"hm-{table.replace('/', '-')}-{uuid4().hex}.parquet"
+    try:
+        path = (folder or Path(gettempdir())) / name
+        rows.write_parquet(path)
+    except OSError as err:
+        log.error("%d rows of %s are lost: the lake is away, and %s", rows.height, table, err)
+        return None
     log.error("%d rows of %s are in %s: the lake is away", rows.height, table, path)
     return path
