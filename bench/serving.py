@@ -2,6 +2,7 @@
 
     python bench/serving.py                        the sample world, 20,000 customers
     python bench/serving.py --lake LAKE            a lake whose stages have run, of any size
+    python bench/serving.py --soak 10              minutes under load, ten switches of the model
 
 Needs `wrk`. Everything is measured in one run on this machine, wrk beside the service: look at the
 ratios to the echo. `live` asks for 20 articles, more than were computed at night, so candidates,
@@ -21,6 +22,8 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -30,6 +33,8 @@ import psutil
 from fastapi import FastAPI
 
 from hm_reco.core.lake import Lake, open_lake, scan
+from hm_reco.core.registry import champion, enter_model, put_scores, read_models, read_scores
+from hm_reco.model.bundle import load_bundle, save_bundle
 from hm_reco.service.contract import PredictRequest
 
 echo = FastAPI()
@@ -146,6 +151,20 @@ def requests_of(lake: Lake, count: int = 2_000) -> dict[str, list[dict[str, Any]
     }
 
 
+def second_model(lake: Lake) -> tuple[str, str]:
+    """The champion, and the same once more under another version."""
+    now = champion(lake)
+    save_bundle(lake, replace(load_bundle(lake, now), version="twin"))
+    put_scores(lake, "twin", read_scores(lake, now))
+    made = next(model for model in read_models(lake) if model.version == now)
+    twin = {"version": "twin", "event": "candidate", "created": datetime.now(UTC)}
+    enter_model(lake, replace(made, **twin))
+    hm = str(Path(sys.executable).with_name("hm"))
+    state = [hm, "run", "inference", "--lake", lake.root, "-p", "version=twin"]
+    subprocess.run(state, check=True, capture_output=True)
+    return now, "twin"
+
+
 def show(name: str, load: Load, beside: float) -> None:
     """Print a line."""
     print(
@@ -186,16 +205,46 @@ def measure(lake: Lake, seconds: int) -> None:
     print(f"up after {loaded:.1f} s; {own:.2f} GB of its own, {whole:.2f} GB with what is mapped")
 
 
+def soak(lake: Lake, minutes: float, switches: int = 10) -> None:
+    """About 70 % of the load that it can bear, a switch in each part of the time."""
+    hm, port = str(Path(sys.executable).with_name("hm")), free_port()
+    versions, bodies = second_model(lake), requests_of(lake)["known, live"]
+    environment = {"HM_LOG_LEVEL": "WARNING", "OMP_NUM_THREADS": "1", "HM_REFRESH": "1"}
+    start = (hm, "serve", "--lake", lake.root, "--port", str(port))
+    print(f"{'':<28}{'req/s':>9}{'p50 ms':>9}{'p95':>9}{'p99':>9}{'errors':>8}{'own MB':>9}")
+    with serving(*start, port=port, **environment) as it:
+        full, one = wrk(port, bodies, 10), wrk(port, bodies, 5, 1)
+        pause = 8e3 / (0.7 * full.rate) - 1.5 * one.p50
+        for turn in range(switches):
+            wanted = versions[(turn + 1) % 2]
+            step = ["rollback"] if turn % 2 else ["promote", wanted, "--force"]
+            command = [hm, *step, "--lake", lake.root]
+            with subprocess.Popen(command, stdout=subprocess.DEVNULL):
+                load = wrk(port, bodies, round(60 * minutes / switches), 8, pause)
+            serves = httpx.get(f"http://127.0.0.1:{port}/healthz").json()["model_version"]
+            own = it.memory_full_info().uss / 1e6
+            print(
+                f"{step[0]:<28}{load.rate:>9,.0f}{load.p50:>9.2f}{load.p95:>9.2f}{load.p99:>9.2f}"
+                f"{load.errors:>8}{own:>9,.0f}",
+                flush=True,
+            )
+            assert serves == wanted, f"{serves} serves, not {wanted}"
+
+
 def main() -> None:
     """Run the bench."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--lake", help="a lake whose stages have run; default: a sample world")
     parser.add_argument("--customers", type=int, default=20_000, help="size of the sample world")
+    parser.add_argument("--soak", type=float, help="minutes under load")
     parser.add_argument("--seconds", type=int, default=10, help="of each measurement")
     asked = parser.parse_args()
     with TemporaryDirectory(prefix="hm-serving-") as folder:
         lake = open_lake(asked.lake) if asked.lake else prepare(folder, asked.customers)
-        measure(lake, asked.seconds)
+        if asked.soak:
+            soak(lake, asked.soak)
+        else:
+            measure(lake, asked.seconds)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ __all__ = ['STRANGER', 'TOGETHER', 'Ids', 'open_ids', 'number_of', 'Recommender'
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -33,13 +34,13 @@ class Ids(NamedTuple):
     """Ids by number, and the numbers in the order of their ids."""
 
     text: np.ndarray  # UTF-8 bytes
-    order: np.ndarray  # int32
+    order: np.ndarray  # int64, as numpy's search wants it
 
 
 def open_ids(ids: Sequence[str]) -> Ids:
     """Ids to be found by number and by text."""
     text = np.array([id_.encode() for id_ in ids], dtype=bytes)
-    return Ids(text, np.argsort(text, kind="stable").astype(np.int32))
+    return Ids(text, np.argsort(text, kind="stable").astype(np.int64))
 
 
 def number_of(ids: Ids, id_: str) -> int:
@@ -66,6 +67,12 @@ class Recommender:
     space: Space | None = None  # of the tower
     known: Known | None = None  # where a simple method answers
     lists: Lists | None = None  # computed before, by row in people
+
+    @cached_property
+    def best_sellers(self) -> np.ndarray:
+        """The articles that sell, best first."""
+        order = np.argsort(-self.shop.popularity, kind="stable").astype(np.int32)
+        return order[: np.count_nonzero(self.shop.popularity > 0)]
 
 # %% ../../nbs/model/11_recommend.ipynb #b83dde7d
 STRANGER = -1  # number of a customer who is in no table
@@ -102,11 +109,14 @@ class Allowed(NamedTuple):
     best: np.ndarray  # int32, best sellers among them, for lists that would be too short
 
 
-def allowed(shop: Shop, article: np.ndarray, count: int = 400) -> Allowed:
+def allowed(recommender: Recommender, article: np.ndarray, count: int = 400) -> Allowed:
     """Allow some articles (bool by article), of which `count` best sellers may fill lists."""
-    sold = np.flatnonzero(article & (shop.popularity > 0))
-    best = sold[np.argsort(-shop.popularity[sold], kind="stable")[:count]]
-    return Allowed(article, best.astype(np.int32))
+    best = order = recommender.best_sellers
+    for first in (10 * count, order.size):  # mostly the first few do
+        best = order[:first][article[order[:first]]][:count]
+        if best.size == count:
+            break
+    return Allowed(article, best)
 
 # %% ../../nbs/model/11_recommend.ipynb #78af8e8c
 def rank_customers(
@@ -298,7 +308,7 @@ def _unbought(
     shop = recommender.shop
     wanted = may.article.copy() if may and may.article.size else np.ones(len(shop.popularity), bool)
     wanted[mine] = False
-    return rank_customers(recommender, one, count, people, allowed(shop, wanted))
+    return rank_customers(recommender, one, count, people, allowed(recommender, wanted))
 
 # %% ../../nbs/model/11_recommend.ipynb #ca244f14
 def answer_table(answers: Mapping[str, Answer]) -> pl.DataFrame:

@@ -27,7 +27,7 @@ from scipy import sparse
 
 from ..core.code import short_hash
 from ..core.lake import Lake, LakePath, find_file, put_file
-from .arrays import ABOUT, KINDS, LEVELS, People, Shop, Table
+from .arrays import ABOUT, KINDS, LEVELS, SIDE_BY_SIDE, People, Shop, Table
 from .bundle import Bundle
 from .candidates import SOURCES
 from .known import AGE_BANDS, ONLINE, STATE, Kin, Known
@@ -124,6 +124,7 @@ LAYOUT = {
     "shop.kin_customer": ("i4", "kin"),
     "shop.vectors": ("i1", "articles", "width"),
     "shop.on_sale": ("i4", "on sale"),
+    "shop.wares": ("i1", "blocks", "width", SIDE_BY_SIDE),
     "shop.log_sales": ("f8", "on sale"),
     "people.number": ("i4", "people"),
     "people.article": ("i4", "purchases"),
@@ -134,9 +135,9 @@ LAYOUT = {
     "people.about": ("f8", "people", len(ABOUT)),
     "people.vector": ("i1", "people", "width"),
     "customers.text": ("u1", "customers", "letters of a customer's id"),
-    "customers.order": ("i4", "customers"),
+    "customers.order": ("i8", "customers"),
     "articles.text": ("u1", "articles", "letters of an article's id"),
-    "articles.order": ("i4", "articles"),
+    "articles.order": ("i8", "articles"),
     "lists.article": ("i4", "people", "ranks"),
     "lists.score": ("f4", "people", "ranks"),
     "lists.source": ("i1", "people", "ranks"),
@@ -168,6 +169,8 @@ def check(shop: Shop, people: People, lists: Lists | None, customers: Ids, artic
         _check_table(f"shop.{name}", getattr(shop, name), fewest, kin if name == "kin_of" else size)
     _check_lists("people", people.start, len(people.number), people.article, size)
     most = size * (len(KINDS) + 1) + kin  # more than that nothing numbers
+    room = len(shop.wares) * SIDE_BY_SIDE
+    _check_range("shop.wares", np.array([len(shop.on_sale)]), room - SIDE_BY_SIDE, room + 1)
     _check_range("shop.numbers", np.array([shop.numbers]), max(size, kin), most + 1)
     inside = {
         "shop.levels": (shop.levels, size),

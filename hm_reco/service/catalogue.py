@@ -112,7 +112,7 @@ def may(catalogue: Catalogue, recommender: Recommender, filters: Filters) -> All
     for id_ in filters.exclude_articles:
         if (number := number_of(recommender.articles, id_)) >= 0:
             fits[number] = False
-    return allowed(recommender.shop, fits)
+    return allowed(recommender, fits)
 
 
 def _worded(catalogue: Catalogue, name: str, wanted: list[str]) -> np.ndarray | None:
