@@ -334,6 +334,20 @@ def predict(
 
 
 @app.command()
+def eda(
+    compare: Annotated[str, typer.Option(help="A version of processed/purchases, or a run.")] = "",
+    fail_on: Annotated[str, typer.Option(help="Exit code 1 at a notice or an alarm.")] = "",
+    lake: LakeOption = None,
+) -> None:
+    """Describe the data in a report; hold them against an earlier version, or against alerts."""
+    with told():
+        if fail_on not in ("", "notice", "alarm"):
+            raise ValueError(f"--fail-on {fail_on}: expected notice or alarm")
+        run(["eda"], lake=lake, parameter=[f"compare={compare}"] if compare else [])
+        commands.show_alerts(open_lake(lake), fail_on)
+
+
+@app.command()
 def serve(
     lake: LakeOption = None,
     host: Annotated[str | None, typer.Option(help="Default: the setting `host`.")] = None,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['console', 'errors', 'LakeOption', 'JsonOption', 'WaitOption', 'app', 'lake_app', 'VersionArgument', 'ForceOption',
            'show', 'told', 'list_tables', 'vacuum_tables', 'recommend', 'submission', 'sample', 'models', 'promote',
-           'rollback', 'show_results']
+           'rollback', 'show_alerts', 'show_results']
 
 # %% ../../nbs/core/16_commands.ipynb #fecd58a6
 import json
@@ -180,6 +180,25 @@ def rollback(lake: LakeOption = None) -> None:
         console.print(f"{now} serves again, {before} is retired", highlight=False)
 
 # %% ../../nbs/core/16_commands.ipynb #5cd80853
+def show_alerts(lake: Lake, fail_on: str = "") -> None:
+    """Print the alerts of the newest report on the data; exit code 1 at `fail_on` or above."""
+    from hm_reco.core.ledger import read_ledger
+
+    reports = [e.report for e in read_ledger(lake) if e.stage == "eda" and e.report]
+    if not reports:
+        raise LookupError(f"no report on the data of {lake.root}: hm eda --lake {lake.root}")
+    path = lake.path(*reports[-1].removesuffix(".html").split("/")).with_suffix(".json")
+    found = [
+        {"level": alert["level"], "section": section["title"], "what": alert["text"]}
+        for section in json.loads(path.read_text())["sections"]
+        for alert in section["alerts"]
+    ]
+    show("Alerts" if found else "Nothing stands out.", found)
+    console.print(f"report  {path.with_suffix('.html')}", soft_wrap=True, highlight=False)
+    if any(fail_on in ("notice", row["level"]) for row in found):
+        raise typer.Exit(1)
+
+
 def show_results(lake: Lake, metrics: Mapping[str, Mapping[str, Any]]) -> None:
     """Print what the manifests of training and inference say, by stage, if they are among them."""
     from hm_reco.core.predictions import recommended
