@@ -347,6 +347,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'hm_reco.eda.section.alerts_html': ('eda/section.html#alerts_html', 'hm_reco/eda/section.py'),
                                      'hm_reco.eda.section.as_json': ('eda/section.html#as_json', 'hm_reco/eda/section.py'),
                                      'hm_reco.eda.section.drawn': ('eda/section.html#drawn', 'hm_reco/eda/section.py'),
+                                     'hm_reco.eda.section.few_dates': ('eda/section.html#few_dates', 'hm_reco/eda/section.py'),
                                      'hm_reco.eda.section.percent': ('eda/section.html#percent', 'hm_reco/eda/section.py'),
                                      'hm_reco.eda.section.plain': ('eda/section.html#plain', 'hm_reco/eda/section.py'),
                                      'hm_reco.eda.section.rows_of': ('eda/section.html#rows_of', 'hm_reco/eda/section.py'),

@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 from fastapi.testclient import TestClient
 
-from hm_reco.core.lake import Lake, scan
+from hm_reco.core.lake import Lake
 from hm_reco.core.metrics import Interval
 from hm_reco.core.registry import NoModelError, champion, model_states, read_models
 from hm_reco.model.bundle import (
@@ -35,16 +35,6 @@ from hm_reco.model.recommend import predict_all
 from hm_reco.service.app import create_app
 from hm_reco.service.switch import load, wanted
 from hm_reco.stages.demo import demo_lake
-from hm_reco.stages.eda import (
-    daily_units,
-    gini,
-    missing,
-    per_article,
-    per_customer,
-    rebuying,
-    sizes,
-    temperature,
-)
 from hm_reco.stages.training import metrics_of, plot_training, train_and_publish
 
 BASELINE = "own history, half-life 28 days"
@@ -172,36 +162,6 @@ def test_predictions_do_not_depend_on_the_number_of_shards(trained_lake):
     recommender = load(trained_lake, wanted(trained_lake)).recommender
     one, five = (predict_all(recommender, shards).sort("customer", "rank") for shards in (1, 5))
     assert one.equals(five)
-
-
-def test_analysis_counts(trained_lake):
-    purchases = scan(trained_lake, "processed/purchases")
-    units = purchases.select(pl.col("units").sum()).collect().item()
-    last = purchases.select(pl.col("day").max()).collect().item()
-    people, articles = per_customer(purchases), per_article(purchases)
-    assert daily_units(purchases)["units"].sum() == units
-    assert people["units"].sum() == units == articles["units"].sum()
-    assert temperature(people, 1_500, last).iloc[:, 0].sum() == pytest.approx(100, abs=0.3)
-    assert sizes(trained_lake).loc["units", "in the lake"] == f"{units:,}"
-    assert missing(trained_lake).loc["FN", "empty, %"] > 50
-    assert 0 < gini(articles["units"]) < 1
-
-
-def test_rebuying_by_hand():
-    last = date(2020, 9, 22)
-    rows = [(1, 1, last), (1, 1, last - timedelta(days=9)), (1, 2, last), (2, 1, last)]
-    rows.append((2, 2, last - timedelta(days=9)))
-    purchases = pl.LazyFrame(rows, schema=["customer", "article", "day"], orient="row")
-    products = pl.LazyFrame(
-        {"article": [1, 2], "product": [7, 7], "type": [3, 4], "department": [5, 5]}
-    )
-    again = rebuying(purchases, products, last)["bought again, %"]
-    assert again.to_dict() == {
-        "same article": 33.3,  # one of three
-        "same product": 100.0,  # both customers had product 7
-        "same type": 33.3,
-        "same department": 100.0,
-    }
 
 
 def test_history_as_of_is_a_part_of_itself(shop):

@@ -14,7 +14,7 @@ import polars as pl
 from matplotlib.figure import Figure
 
 from .customers import concentration
-from .section import COLOURS, Alert, Section, percent, plain, rows_of
+from .section import COLOURS, Alert, Section, few_dates, percent, plain, rows_of
 
 START, LIFE = 28, 26  # days at the beginning of the data, weeks of a life that are looked at
 BANDS = 5  # of prices, with as many articles each
@@ -59,7 +59,8 @@ def life_curve(
 
 def new_by_week(articles: pl.DataFrame, days: tuple[date, date]) -> pl.DataFrame:
     """`week` (its Monday) and `articles` first sold in it, after the first four weeks."""
-    begun = articles.filter(pl.col("first") > days[0] + timedelta(days=START))
+    late = days[1] - timedelta(days=days[1].weekday() + 1)  # the last Sunday: whole weeks
+    begun = articles.filter(pl.col("first").is_between(days[0] + timedelta(days=START), late))
     return (
         begun.group_by(week=pl.col("first").dt.truncate("1w")).agg(articles=pl.len()).sort("week")
     )
@@ -153,7 +154,7 @@ def draw_life(section: Section) -> Figure:
     if begun.height:
         right.plot(begun["week"].str.to_date(), begun["articles"], color=COLOURS[1], linewidth=1)
     right.set(title="Articles that begin, by week")
-    right.tick_params(axis="x", rotation=30)
+    few_dates(right)
     figure.tight_layout()
     return figure
 

@@ -10,7 +10,7 @@ __all__ = ['PEAK', 'AROUND', 'DISCOUNT', 'CHANNELS', 'WEEKDAYS', 'by_week', 'pea
 import polars as pl
 from matplotlib.figure import Figure
 
-from .section import COLOURS, Alert, Section, percent, plain, rows_of
+from .section import COLOURS, Alert, Section, few_dates, percent, plain, rows_of
 
 PEAK, AROUND, DISCOUNT = 1.3, 9, 0.9  # times the median of so many weeks; of the usual price
 CHANNELS = {1: "shop", 2: "online"}
@@ -141,11 +141,13 @@ def draw_habits(section: Section) -> Figure:
         pl.DataFrame(section.numbers[n]) for n in ("weekdays", "baskets", "discounts")
     )
     left.bar(days["weekday"].to_list(), (100 * days["share"]).to_list(), color=COLOURS[0])
+    left.set_xticks(range(7), [day[:2] for day in days["weekday"]])
     left.set(title="Weekday, % of units")
     middle.bar(visits["units"].to_list(), (100 * visits["share"]).to_list(), color=COLOURS[1])
+    middle.set_xticks(range(1, 11))
     middle.set(title="Units at once, % of visits")
     right.plot(low["month"].str.to_date(), 100 * low["share"], color=COLOURS[2])
     right.set(title="At a discount, % of units")
-    right.tick_params(axis="x", rotation=30)
+    few_dates(right)
     figure.tight_layout()
     return figure
