@@ -13,6 +13,7 @@ from nbformat.v4 import new_markdown_cell
 
 REPORT_PART = re.compile(r"^## (Run|Report)\b")
 TRIAL = re.compile(r"(.+)-t\d+")  # the run of a sweep's trial, named after the sweep
+SCROLLED = re.compile(r'<(pre|div(?= class="output_html))')  # by keyboard, too
 INDEX_RUNS = 200  # runs that the index lists
 BANNER_TAG = "papermill-error-cell-tag"
 
@@ -130,6 +131,7 @@ def notebook_page(notebook: NotebookNode, entry: Entry) -> str:
     )
     exporter.register_preprocessor(CoalesceStreamsPreprocessor, enabled=True)
     body, _ = exporter.from_notebook_node(_shown(notebook))
+    body = SCROLLED.sub(r'<\1 tabindex="0"', body)
     title, purpose = _title(notebook)
     return _page("report.html.j2", title=title, purpose=purpose, body=body, entry=entry)
 

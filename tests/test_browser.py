@@ -1,4 +1,4 @@
-"""The service's page in a real browser, as a person with a keyboard and one with a phone see it."""
+"""The pages in a real browser, as a person with a keyboard and one with a phone see them."""
 
 import os
 import shutil
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, sync_playwright
 
 from hm_reco.model.history import load_history
@@ -42,6 +43,24 @@ def page():
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def reports(trained_lake) -> Path:
+    """The reports of a lake in which the data were looked at."""
+    hm = str(Path(sys.executable).with_name("hm"))
+    subprocess.run([hm, "eda", "--lake", trained_lake.root], check=True, capture_output=True)
+    return Path(trained_lake.root, "reports")
+
+
+def faults(page: Page) -> list[str]:
+    """What axe-core calls serious or critical for people who see, hear or move otherwise."""
+    found = Axe().run(page).response["violations"]
+    return [
+        f"{one['id']}: {one['nodes'][0]['html'][:200]}"
+        for one in found
+        if one["impact"] in ("serious", "critical")
+    ]
+
+
 def articles(page: Page) -> list[str]:
     return page.locator("section.ranked .goods a").evaluate_all("all => all.map(a => a.title)")
 
@@ -69,3 +88,28 @@ def test_a_phone_needs_no_scrolling_sideways(url, page):
         page.goto(url + query)
         wide = page.evaluate("document.documentElement.scrollWidth")
         assert wide <= 375
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [375, 1280])
+def test_reports_are_whole_and_for_everybody(reports, page, width, scheme):
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": width, "height": 800})
+    shown = [reports / "index.html", *reports.glob("*/index.html"), *reports.glob("*/eda.html")]
+    assert len(shown) >= 3
+    for path in shown:
+        page.goto(path.as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, path
+        assert faults(page) == [], path
+    assert {address.split(":")[0] for address in asked} == {"file"}
+
+
+def test_the_service_page_is_for_everybody(url, page, trained_lake):
+    loyal = portraits(load_history(trained_lake))["loyal"]
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        for query in ("", f"?q={loyal}"):
+            page.goto(url + query)
+            assert faults(page) == [], query

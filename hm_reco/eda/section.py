@@ -133,7 +133,7 @@ def drawn(figure: Figure, about: str, rows: Sequence[dict[str, Any]]) -> HTML:
     more = f"<p>{len(rows) - MOST_ROWS} more rows are in eda.json.</p>" * (len(rows) > MOST_ROWS)
     numbers = table(rows[:MOST_ROWS]).data + more
     below = f"<details><summary>{escape(about)}: the numbers</summary>{numbers}</details>"
-    return HTML(f'<figure><div class="scroll">{drawing}</div>{below}</figure>')
+    return HTML(f'<figure><div class="scroll" tabindex="0">{drawing}</div>{below}</figure>')
 
 
 def table(rows: Sequence[dict[str, Any]], caption: str = "", **formats: str) -> HTML:
@@ -157,7 +157,7 @@ def table(rows: Sequence[dict[str, Any]], caption: str = "", **formats: str) -> 
         shown = shown.tab_header(caption)
     # the page has its own style, for light and dark
     html = re.sub(r"<style>.*?</style>", "", shown.as_raw_html(), flags=re.DOTALL)
-    html = re.sub(r'(<div) id="[^"]*" style="[^"]*"', r'\1 class="scroll"', html)
+    html = re.sub(r'(<div) id="[^"]*" style="[^"]*"', r'\1 class="scroll" tabindex="0"', html)
     return HTML(html)
 
 # %% ../../nbs/eda/00_section.ipynb #0d183bdf
