@@ -4,12 +4,13 @@ BIN := .venv/bin
 LAB := .venv-lab/bin
 PEERS := .venv-peers/bin
 RIVALS := .venv-rivals/bin
+DOCS := .venv-docs/bin
 CUSTOMERS ?= 13720
 WEEKS ?= 4
 OPTIONS := $(if $(DATA),--data $(DATA)) $(if $(LAKE),--lake $(LAKE)) $(foreach p,$(P),-p $(p))
 
 .DEFAULT_GOAL := help
-.PHONY: help run serve lab test lint types notebooks bench quality pytest format lock clean
+.PHONY: help run serve lab docs test lint types notebooks bench quality pytest format lock clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 12
@@ -43,6 +44,11 @@ help:  ## this list
 	$(RIVALS)/pip install --quiet --disable-pip-version-check -r bench/rivals.lock
 	@touch $@
 
+.installed-docs: requirements.lock
+	$(PYTHON) -m venv .venv-docs
+	$(DOCS)/pip install --quiet --disable-pip-version-check -c requirements.lock mkdocs-material mkdocs-jupyter 'mkdocstrings[python]'
+	@touch $@
+
 run: .installed  ## the five stages into a lake, on the sample world or on DATA
 	@$(BIN)/hm run $(OPTIONS)
 
@@ -51,6 +57,11 @@ serve: .installed  ## the REST service on http://127.0.0.1:8080
 
 lab: .installed-lab  ## JupyterLab on the notebooks
 	@$(LAB)/jupyter lab --notebook-dir nbs
+
+docs: .installed .installed-docs  ## the docs site, into build/site
+	$(BIN)/python docs/site.py pages
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/mkdocs build --quiet --config-file build/docs.yml
+	$(BIN)/python docs/site.py links
 
 test: lint types notebooks bench pytest  ## all checks and tests
 
@@ -81,9 +92,9 @@ format: .installed  ## bring notebooks, library and code into shape
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
 
-lock: .installed .installed-lab .installed-peers  ## write requirements.lock from what is installed
-	@{ for bin in $(BIN) $(LAB) $(PEERS); do $$bin/pip freeze --exclude-editable; done; } \
+lock: .installed .installed-lab .installed-peers .installed-docs  ## write requirements.lock from what is installed
+	@{ for bin in $(BIN) $(LAB) $(PEERS) $(DOCS); do $$bin/pip freeze --exclude-editable; done; } \
 	  | sed 's/+cpu$$//' | sort -u > requirements.lock
 
 clean:  ## remove what make made, but no lake
-	rm -rf .venv .venv-lab .venv-peers .venv-rivals .installed .installed-lab .installed-peers .installed-rivals .pytest_cache .mypy_cache .ruff_cache .coverage*
+	rm -rf .venv .venv-lab .venv-peers .venv-rivals .venv-docs build .installed .installed-lab .installed-peers .installed-rivals .installed-docs .pytest_cache .mypy_cache .ruff_cache .coverage*

@@ -1,0 +1,210 @@
+"""Put the docs site's pages together, or look for links of the built site that lead nowhere.
+
+python docs/site.py pages      into build/docs, with build/docs.yml for mkdocs
+python docs/site.py links      of build/site
+"""
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+PAGES, SITE = ROOT / "build" / "docs", ROOT / "build" / "site"
+GUIDES = {
+    "running.md": "Running stages",
+    "data.md": "Data",
+    "eda.md": "The report on the data",
+    "recommender.md": "The recommender",
+    "serving.md": "Serving",
+}
+CSS = ".jp-InputPrompt, .jp-OutputPrompt { display: none !important; }"
+LINK = re.compile(r"\]\(([^)#:\s]+)")
+HREF = re.compile(r'(?:href|src)="([^"#?]+)')
+
+
+def copy(path: Path) -> None:
+    """Bring a file of the project to the same place among the pages."""
+    to = PAGES / path.relative_to(ROOT)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".ipynb":
+        to.write_text(json.dumps(for_readers(json.loads(path.read_text()))))
+    else:
+        shutil.copyfile(path, to)
+
+
+def for_readers(notebook: dict[str, Any]) -> dict[str, Any]:
+    """A notebook without nbdev's directives."""
+    cells = []
+    for cell in notebook["cells"]:
+        lines = [line for line in cell["source"] if not line.startswith("#| ")]
+        if "".join(lines).strip():
+            cells.append(cell | {"source": lines})
+    return notebook | {"cells": cells}
+
+
+def copy_guides() -> None:
+    """README, guides and notebooks, and what the guides link to."""
+    guides = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    linked = {
+        (guide.parent / to).resolve() for guide in guides for to in LINK.findall(guide.read_text())
+    }
+    for path in {*guides, *linked, *(ROOT / "nbs").rglob("[0-9]*.ipynb")}:
+        if path.is_file() and ".ipynb_checkpoints" not in path.parts:
+            copy(path)
+
+
+def as_table(rows: list[dict[str, object]]) -> str:
+    """Rows as a table in Markdown."""
+    head = list(rows[0])
+    lines = [head, ["---"] * len(head), *([str(row[name]) for name in head] for row in rows)]
+    return "\n".join(
+        "| " + " | ".join(part.replace("|", "\\|") for part in line) + " |" for line in lines
+    )
+
+
+def stages_page() -> str:
+    """The parameters of each stage, from the notebooks."""
+    from runner.graph import load_pipeline
+    from runner.parameters import read_parameters, type_name
+
+    parts = ["# Parameters of the stages\n\n`hm run STAGE -p name=value`; `hm params STAGE` too."]
+    for name, stage in load_pipeline().items():
+        rows = [
+            {
+                "parameter": f"`{p.name}`",
+                "type": f"`{type_name(p.annotation)}`",
+                "default": f"`{p.default!r}`",
+                "in a whole run": f"`{stage.parameters[p.name]!r}`"
+                if p.name in stage.parameters
+                else "",
+                "meaning": p.help,
+            }
+            for p in read_parameters(stage.notebook)
+        ]
+        notebook = f"../{Path(stage.notebook).relative_to(ROOT)}"
+        parts.append(f"## {name}\n\n[The notebook]({notebook})\n\n{as_table(rows)}")
+    return "\n\n".join(parts)
+
+
+def tables_page() -> str:
+    """All tables of a lake and their columns, from a small lake."""
+    from hm_reco.core.lake import scan, stage_of, table_names
+    from hm_reco.stages.demo import demo_lake
+
+    lake, parts = demo_lake("training", 300), ["# Tables\n\nDelta tables, by who writes them."]
+    for name in table_names(lake):
+        columns = scan(lake, name).collect_schema()
+        rows = [{"column": f"`{column}`", "type": f"`{kind}`"} for column, kind in columns.items()]
+        parts.append(
+            f"## {name}\n\nWritten by {stage_of(name) or 'the runner'}.\n\n{as_table(rows)}"
+        )
+    return "\n\n".join(parts)
+
+
+def rest_page() -> str:
+    """Routes, and the fields of what they are asked, from the OpenAPI document."""
+    from hm_reco.service.app import create_app
+
+    document = create_app().openapi()
+    routes = [
+        {"route": f"`{method.upper()} {path}`", "what": about.get("description", "").strip()}
+        for path, methods in document["paths"].items()
+        for method, about in methods.items()
+    ]
+    parts = [f"# REST\n\n`/openapi.json` has all of it.\n\n{as_table(routes)}"]
+    for name, schema in document["components"]["schemas"].items():
+        if fields := schema.get("properties"):
+            rows = [
+                {"field": f"`{field}`", "meaning": about.get("description", about.get("title", ""))}
+                for field, about in fields.items()
+            ]
+            parts.append(f"## {name}\n\n{schema.get('description', '')}\n\n{as_table(rows)}")
+    return "\n\n".join(parts)
+
+
+def write_reference() -> dict[str, str]:
+    """The reference pages; their titles and paths."""
+    found = {}
+    for title, make in (("Stages", stages_page), ("Tables", tables_page), ("REST", rest_page)):
+        found[title] = f"reference/{title.lower()}.md"
+        (PAGES / found[title]).write_text(make())
+    for room in sorted(path for path in (ROOT / "hm_reco").iterdir() if path.is_dir()):
+        modules = sorted(room.glob("[a-z]*.py"))
+        if modules:
+            found[f"hm_reco.{room.name}"] = f"reference/{room.name}.md"
+            names = "\n\n".join(f"::: hm_reco.{room.name}.{module.stem}" for module in modules)
+            (PAGES / f"reference/{room.name}.md").write_text(f"# hm_reco.{room.name}\n\n{names}\n")
+    return found
+
+
+def notebooks() -> list[dict[str, object]]:
+    """The notebooks for the navigation, room by room."""
+    rooms = ("core", "model", "eda", "service", "stages")
+    return [
+        {room: [str(p.relative_to(PAGES)) for p in sorted((PAGES / "nbs" / room).glob("*.ipynb"))]}
+        for room in rooms
+    ]
+
+
+def write_pages() -> None:
+    """Everything that mkdocs needs."""
+    shutil.rmtree(PAGES, ignore_errors=True)
+    (PAGES / "reference").mkdir(parents=True)
+    copy_guides()
+    reference = write_reference()
+    nav = [
+        {"Start": ["README.md"]},
+        {"Guides": [{title: f"docs/{name}"} for name, title in GUIDES.items()]},
+        {"Notebooks": notebooks()},
+        {"Reference": [{title: path} for title, path in reference.items()]},
+        {"Contributing": "CONTRIBUTING.md"},
+    ]
+    about: dict[str, Any] = {
+        "INHERIT": "../mkdocs.yml",
+        "docs_dir": "docs",
+        "site_dir": "site",
+        "nav": nav,
+    }
+    about["hooks"] = ["../docs/site.py"]
+    (PAGES / "extra.css").write_text(CSS)
+    about["extra_css"] = ["extra.css"]
+    PAGES.with_suffix(".yml").write_text(yaml.safe_dump(about, sort_keys=False))
+    print(f"{len(list(PAGES.rglob('*.*')))} files in {PAGES.relative_to(ROOT)}")
+
+
+def on_post_page(output: str, **_: object) -> str:
+    """Of mkdocs: a link to a notebook leads to its page, and nothing comes from elsewhere."""
+    output = re.sub(r'<script src="https://[^"]*"></script>', "", output)
+    return re.sub(r'(href="(?!https?:)[^"#]+)\.ipynb', r"\1.html", output)
+
+
+def dead_links() -> Iterator[str]:
+    """Links of the built site that lead nowhere, or elsewhere for what a page needs."""
+    for page in SITE.rglob("[!4]*.html"):
+        text = page.read_text()
+        for to in HREF.findall(text):
+            if not re.match(r"[a-z]+:|//", to) and not (page.parent / unquote(to)).exists():
+                yield f"{page.relative_to(SITE)}: {to}"
+        for needed in re.findall(r'<(?:script|link|img)[^>]+(?:href|src)="(https?://[^"]+)', text):
+            yield f"{page.relative_to(SITE)}: loads {needed}"
+
+
+def main(what: str) -> int:
+    """Do one of the two."""
+    if what == "pages":
+        write_pages()
+        return 0
+    dead = sorted(set(dead_links()))
+    print(*dead[:50], f"{len(dead)} links lead nowhere", sep="\n")
+    return bool(dead)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
