@@ -56,7 +56,7 @@ serve: .installed  ## the REST service on http://127.0.0.1:8080
 	@$(BIN)/hm serve $(if $(LAKE),--lake $(LAKE))
 
 lab: .installed-lab  ## JupyterLab on the notebooks
-	@$(LAB)/jupyter lab --notebook-dir nbs
+	@$(LAB)/jupyter lab --notebook-dir nbs nbs/00_start.ipynb
 
 docs: .installed .installed-docs  ## the docs site, into build/site
 	$(BIN)/python docs/site.py pages

@@ -17,10 +17,11 @@ import random
 import re
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -29,13 +30,21 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import httpx
+import numpy as np
 import psutil
 from fastapi import FastAPI
+from pydantic_core import to_json
 
 from hm_reco.core.lake import Lake, open_lake, scan
 from hm_reco.core.registry import champion, enter_model, put_scores, read_models, read_scores
 from hm_reco.model.bundle import load_bundle, save_bundle
+from hm_reco.model.candidates import propose
+from hm_reco.model.features import add_features
+from hm_reco.model.forest import scores
+from hm_reco.model.ranker import rank
+from hm_reco.service.answers import respond
 from hm_reco.service.contract import PredictRequest
+from hm_reco.service.switch import load, wanted
 
 echo = FastAPI()
 
@@ -151,6 +160,47 @@ def requests_of(lake: Lake, count: int = 2_000) -> dict[str, list[dict[str, Any]
     }
 
 
+def median_ms(function: Callable[[int], Any], times: int = 300) -> float:
+    """Of a function of the number of its call, in one thread."""
+    seconds = []
+    for n in range(times):
+        begun = time.perf_counter()
+        function(n)
+        seconds.append(time.perf_counter() - begun)
+    return 1_000 * statistics.median(seconds[times // 10 :])
+
+
+def profile(lake: Lake, whole: float) -> None:
+    """Print where the time of a request for one customer goes; `whole` ms with HTTP."""
+    now = load(lake, wanted(lake))
+    recommender, bundle = now.recommender, now.recommender.bundle
+    rows = np.random.default_rng(0).permutation(len(recommender.people.number) - 1)[:300, None]
+    ids = [recommender.customers.text[row[0]].decode() for row in rows]
+    asked = [PredictRequest(customer_ids=[id_], k=20) for id_ in ids]
+    shop, people, budget = recommender.shop, recommender.people, bundle.budget
+    found = [propose(shop, people, budget, row) for row in rows]
+    matrices = [add_features(shop, people, one) for one in found]
+    given = [respond(now, one, "bench") for one in asked]
+    best = shop.popular.item
+    trees = median_ms(lambda n: scores(bundle.forest, matrices[n].values))
+    parts = {
+        "candidates": median_ms(lambda n: propose(shop, people, budget, rows[n])),
+        "features": median_ms(lambda n: add_features(shop, people, found[n])),
+        "trees": trees,
+        "list": median_ms(lambda n: rank(bundle.forest, matrices[n], 20, best)) - trees,
+    }
+    parts["ids, words"] = median_ms(lambda n: respond(now, asked[n], "x")) - sum(parts.values())
+    parts["JSON"] = median_ms(lambda n: to_json(given[n]))
+    parts["HTTP, checks, threads"] = whole - sum(parts.values())
+    count = np.mean([len(one.article) for one in found])
+    print(
+        f"\nA request for one customer: {whole:.2f} ms, {count:.0f} candidates, "
+        f"{bundle.booster.num_trees() if bundle.booster else 0} trees"
+    )
+    for name, ms in parts.items():
+        print(f"  {name:<26}{ms:>7.3f} ms{ms / whole:>6.0%}")
+
+
 def second_model(lake: Lake) -> tuple[str, str]:
     """The champion, and the same once more under another version."""
     now = champion(lake)
@@ -200,6 +250,7 @@ def measure(lake: Lake, seconds: int) -> None:
         show(f"known, live, {calm.rate / loads['known, live'].rate:.0%} load", calm, bare.rate)
         many = wrk(port, bodies["100, live"], seconds, 1)
         memory = it.memory_full_info()
+    profile(lake, one.p50)
     print(f"\n100 customers at once take {many.p50 / one.p50:.1f} x as long as one")
     own, whole = memory.uss / 1e9, memory.rss / 1e9
     print(f"up after {loaded:.1f} s; {own:.2f} GB of its own, {whole:.2f} GB with what is mapped")

@@ -103,3 +103,12 @@ def test_a_password_in_a_parameter_is_neither_kept_nor_shown(tmp_path):
         done = hm.invoke(app, ["run", "ingestion", "--lake", str(tmp_path), *words])
         assert done.exit_code == 1 and "a password in a URL" in done.output
         assert "hunter2" not in done.output and not list(tmp_path.iterdir())
+
+
+def test_a_module_edited_by_hand_is_told_with_the_way_back(monkeypatch):
+    edited = {"hm_reco/core/lake.py": "nbs/core/01_lake.ipynb"}
+    for found, code in ((edited, 1), ({}, 0)):
+        monkeypatch.setattr("hm_reco.core.code.edited_by_hand", lambda root, it=found: it)
+        told = hm.invoke(app, ["check"])
+        assert told.exit_code == code
+        assert ("nbdev-update --fname hm_reco/core/lake.py" in told.output) == bool(found)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['console', 'errors', 'LakeOption', 'JsonOption', 'WaitOption', 'app', 'lake_app', 'VersionArgument', 'ForceOption',
-           'show', 'told', 'list_tables', 'vacuum_tables', 'recommend', 'submission', 'sample', 'models', 'promote',
-           'rollback', 'show_alerts', 'show_results']
+           'show', 'told', 'list_tables', 'vacuum_tables', 'recommend', 'submission', 'check', 'sample', 'models',
+           'promote', 'rollback', 'show_alerts', 'show_results']
 
 # %% ../../nbs/core/16_commands.ipynb #fecd58a6
 import json
@@ -126,6 +126,22 @@ def submission(
         console.print(f"{out}: {rows:,} customers", highlight=False)
 
 # %% ../../nbs/core/16_commands.ipynb #ff4b8c99
+@app.command()
+def check() -> None:
+    """Was a module of the library edited by hand? If so, how to bring that into its notebook."""
+    from hm_reco.core.code import PACKAGE, edited_by_hand
+
+    with told():
+        found = edited_by_hand(PACKAGE.parent)
+        for module, notebook in found.items():
+            text = f"{module} was edited, {notebook} was not; the next export overwrites it."
+            console.print(text, highlight=False)
+            console.print(f"  nbdev-update --fname {module}   brings the change into the notebook")
+            console.print("  nbdev-export   drops it", highlight=False)
+        if found:
+            raise typer.Exit(1)
+
+
 @app.command()
 def sample(
     out: Annotated[Path, typer.Option(help="Folder for the three files.")],
