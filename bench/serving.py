@@ -36,7 +36,14 @@ from fastapi import FastAPI
 from pydantic_core import to_json
 
 from hm_reco.core.lake import Lake, open_lake, scan
-from hm_reco.core.registry import champion, enter_model, put_scores, read_models, read_scores
+from hm_reco.core.registry import (
+    champion,
+    enter_model,
+    put_scores,
+    read_models,
+    read_scores,
+    seen_at_once,
+)
 from hm_reco.model.bundle import load_bundle, save_bundle
 from hm_reco.model.candidates import propose
 from hm_reco.model.features import add_features
@@ -208,7 +215,8 @@ def second_model(lake: Lake) -> tuple[str, str]:
     put_scores(lake, "twin", read_scores(lake, now))
     made = next(model for model in read_models(lake) if model.version == now)
     twin = {"version": "twin", "event": "candidate", "created": datetime.now(UTC)}
-    enter_model(lake, replace(made, **twin))
+    with seen_at_once(lake):
+        enter_model(lake, replace(made, **twin))
     hm = str(Path(sys.executable).with_name("hm"))
     state = [hm, "run", "inference", "--lake", lake.root, "-p", "version=twin"]
     subprocess.run(state, check=True, capture_output=True)

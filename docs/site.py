@@ -180,9 +180,9 @@ def write_pages() -> None:
 
 
 def on_post_page(output: str, **_: object) -> str:
-    """Of mkdocs: a link to a notebook leads to its page, and nothing comes from elsewhere."""
+    """Of mkdocs: links from and to notebooks lead to pages, and nothing comes from elsewhere."""
     output = re.sub(r'<script src="https://[^"]*"></script>', "", output)
-    return re.sub(r'(href="(?!https?:)[^"#]+)\.ipynb', r"\1.html", output)
+    return re.sub(r'(href="(?!https?:)[^"#]+)\.(?:ipynb|md)\b', r"\1.html", output)
 
 
 def dead_links() -> Iterator[str]:

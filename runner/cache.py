@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from hm_reco.core.code import code_key, short_hash
 from hm_reco.core.ledger import Entry
+from hm_reco.core.registry import REGISTRY
 from hm_reco.core.sources import fingerprint
 from runner.graph import Stage, project_root
 
@@ -71,5 +72,7 @@ def _moved(vouched: Mapping[str, Mapping[str, int]], entry: Entry) -> Iterator[s
     visible = {name: v for tables in vouched.values() for name, v in tables.items()}
     for what, tables in (("input", entry.inputs), ("output", entry.outputs)):
         for name, version in tables.items():
+            if what == "output" and name == REGISTRY and visible.get(name, -1) > version:
+                continue  # a promotion is no reason to train again
             if visible.get(name) != version:
                 yield f"{what} {name}: version {version} → {visible.get(name, 'none')}"

@@ -8,9 +8,19 @@ import polars as pl
 import pytest
 from typer.testing import CliRunner
 
-from hm_reco.core.lake import Lake
+from hm_reco.core.lake import (
+    Lake,
+    append,
+    newest_version,
+    open_lake,
+    scan,
+    take_back,
+    write_manifest,
+)
+from hm_reco.core.lease import leases
 from hm_reco.core.registry import (
     RANKER,
+    REGISTRY,
     Model,
     NoModelError,
     PromotionError,
@@ -113,3 +123,24 @@ def test_every_decision_stays_on_record(lake: Lake):
         ("b", "rollback"),
     ]
     assert champions(events) == ["a"] and "beats 'own history'" in events[1].reason
+
+
+def test_a_promotion_is_seen_at_once_and_stays(lake: Lake):
+    """On a lake whose tables are seen as the stages' manifests vouch for them."""
+    place = ["--lake", lake.root]
+    enter(lake, "first", 0.004)
+    promote(lake, "first")
+    enter(lake, "second", 0.0)
+    trained = newest_version(lake, REGISTRY)
+    write_manifest(lake, "r1", "training", {}, {REGISTRY: trained}, {})
+    append(lake, REGISTRY, scan(lake, REGISTRY).head(1).collect())  # of a training that was killed
+    assert hm("promote", "second", "--force", *place).exit_code == 0
+    assert champion(open_lake(lake.root)) == "second"
+    assert len(read_models(open_lake(lake.root))) == 4, "what nobody vouched for came to light"
+    take_back(open_lake(lake.root), "training")  # as the next training begins
+    assert champion(open_lake(lake.root)) == "second"
+    write_manifest(open_lake(lake.root), "r2", "training", {}, {REGISTRY: trained}, {})
+    assert champion(open_lake(lake.root)) == "second", "a training that began before hid it"
+    with leases(lake, ["training"]):  # one that runs does not hold a rollback up
+        assert hm("rollback", *place).exit_code == 0
+    assert champion(open_lake(lake.root)) == "first"

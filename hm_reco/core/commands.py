@@ -179,9 +179,12 @@ ForceOption = Annotated[
 def promote(version: VersionArgument, force: ForceOption = False, lake: LakeOption = None) -> None:
     """Make a model champion, if it beats the champion and the best simple method."""
     from hm_reco.core.registry import promote as make_champion
+    from hm_reco.core.registry import seen_at_once
 
     with told():
-        verdict = make_champion(open_lake(lake), version, force)
+        target = open_lake(lake)
+        with seen_at_once(target):
+            verdict = make_champion(target, version, force)
         word = "is champion now" if verdict.allowed else "is champion now, by force"
         console.print(f"{version} {word}: {verdict}", highlight=False)
 
@@ -190,9 +193,12 @@ def promote(version: VersionArgument, force: ForceOption = False, lake: LakeOpti
 def rollback(lake: LakeOption = None) -> None:
     """Take back the last promotion: the champion before serves again."""
     from hm_reco.core.registry import rollback as take_back
+    from hm_reco.core.registry import seen_at_once
 
     with told():
-        before, now = take_back(open_lake(lake))
+        target = open_lake(lake)
+        with seen_at_once(target):
+            before, now = take_back(target)
         console.print(f"{now} serves again, {before} is retired", highlight=False)
 
 # %% ../../nbs/core/16_commands.ipynb #5cd80853

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LakePath', 'CURRENT', 'STAGE_OF', 'BRANCH', 'PROPERTIES', 'PLAIN', 'local_path', 'Lake', 'open_lake', 'stage_of',
            'read_vouched', 'vouch', 'branch', 'find_file', 'MissingTableError', 'has_table', 'open_table',
-           'table_version', 'scan', 'write', 'write_batches', 'append', 'remove_rows', 'put_file', 'write_json',
-           'write_manifest', 'read_manifest', 'read_and_written', 'table_names', 'take_back']
+           'table_version', 'scan', 'write', 'write_batches', 'append', 'newest_version', 'remove_rows', 'put_file',
+           'write_json', 'write_manifest', 'read_manifest', 'read_and_written', 'table_names', 'take_back']
 
 # %% ../../nbs/core/01_lake.ipynb #9111b184
 import json
@@ -329,6 +329,11 @@ def append(lake: Lake, name: str, frame: pl.DataFrame, extend: bool = False) -> 
 def _newest(lake: Lake, name: str) -> DeltaTable:
     return DeltaTable(lake.uri(name), storage_options=lake.options or None)
 
+
+def newest_version(lake: Lake, name: str) -> int:
+    """Number of a table's last commit, whether it can be seen or not."""
+    return _newest(lake, name).version()
+
 # %% ../../nbs/core/01_lake.ipynb #c9c5e20d
 def _written(lake: Lake, name: str) -> int:
     """The newest version of a table, which its writer sees from now on."""
@@ -383,7 +388,9 @@ def write_manifest(
     manifest = {"run_id": run_id, "stage": stage, "sources": dict(sources or {})}
     manifest |= {"inputs": dict(inputs), "outputs": dict(outputs), "metrics": dict(metrics)}
     write_json(lake.path("runs", run_id, f"{stage}.json"), manifest)
-    vouch(lake, stage, read_vouched(lake).get(stage, {}) | dict(outputs))
+    now = read_vouched(lake).get(stage, {})
+    newer = {name: max(version, now.get(name, 0)) for name, version in outputs.items()}
+    vouch(lake, stage, now | newer)  # a command may have added to a table meanwhile
     return manifest
 
 # %% ../../nbs/core/01_lake.ipynb #5fb23db8

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['REGISTRY', 'MODELS', 'RANKER', 'Event', 'State', 'SCORES', 'NoModelError', 'PromotionError', 'Model', 'enter_model',
            'read_models', 'champions', 'champion', 'model_states', 'put_scores', 'read_scores', 'paired', 'Challenge',
-           'challenge', 'promote', 'rollback', 'model_rows']
+           'challenge', 'promote', 'rollback', 'seen_at_once', 'model_rows']
 
 # %% ../../nbs/core/15_registry.ipynb #d30e6798
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, date, datetime
 from io import BytesIO
@@ -16,7 +17,19 @@ from typing import Any, Literal
 
 import polars as pl
 
-from .lake import Lake, append, find_file, has_table, put_file, scan
+from hm_reco.core.lake import (
+    Lake,
+    append,
+    find_file,
+    has_table,
+    newest_version,
+    put_file,
+    read_vouched,
+    scan,
+    take_back,
+    vouch,
+)
+from .lease import LeaseError, leases
 from .ledger import as_frame, as_rows
 from .metrics import Interval, bootstrap
 
@@ -217,6 +230,19 @@ def rollback(lake: Lake) -> tuple[str, str]:
     again = asdict(model) | {"event": "rollback", "created": datetime.now(UTC)}
     enter_model(lake, Model(**again | {"reason": f"back to {line[-2]}"}))
     return line[-1], line[-2]
+
+# %% ../../nbs/core/15_registry.ipynb #ea8638c5
+@contextmanager
+def seen_at_once(lake: Lake) -> Iterator[None]:
+    """What is entered in the registry within is visible to all right after."""
+    with ExitStack() as stack:
+        with suppress(LeaseError):  # a training that runs has it
+            stack.enter_context(leases(lake, ["training"], wait=0, tell=lambda text: None))
+            take_back(lake, "training")
+        yield
+        if vouched := read_vouched(lake).get("training"):
+            version = newest_version(lake, REGISTRY)
+            vouch(lake, "training", vouched | {REGISTRY: version})
 
 # %% ../../nbs/core/15_registry.ipynb #d09765f3
 def model_rows(lake: Lake) -> list[dict[str, Any]]:
