@@ -2,18 +2,35 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import boto3
 import polars as pl
 import pytest
+from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
-from hm_reco.core.lake import Lake, open_lake, scan, table_version
+from hm_reco.core.lake import Lake, open_lake, scan, table_version, write
 from hm_reco.core.ledger import read_ledger
+from hm_reco.core.registry import (
+    champion,
+    enter_model,
+    put_scores,
+    read_models,
+    read_scores,
+    seen_at_once,
+)
+from hm_reco.model.bundle import load_bundle, save_bundle
 from hm_reco.model.recommend import answer, answer_table
+from hm_reco.service.app import create_app
+from hm_reco.service.guard import ServiceSettings
 from hm_reco.service.switch import load, wanted
 from hm_reco.stages.ingestion import ingest
 from hm_reco.stages.processing import process
@@ -127,6 +144,44 @@ def test_the_service_answers_from_the_state_that_inference_left(folder_lake):
     ids = table["customer_id"].unique().sort().to_list()[::40]
     given = answer_table(answer(served.recommender, ids)).sort("customer_id", "rank")
     assert given.equals(table.filter(pl.col("customer_id").is_in(ids)).select(given.columns))
+
+
+def until(true: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait for something to become true."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_the_service_follows_commands_and_stock(folder_lake, sample, tmp_path):
+    """On a lake of whole runs, beside a service that is up."""
+    shutil.copytree(folder_lake.root, tmp_path / "lake")
+    place, lake = ["--lake", str(tmp_path / "lake")], open_lake(str(tmp_path / "lake"))
+    now = champion(lake)
+    save_bundle(lake, replace(load_bundle(lake, now), version="twin"))
+    put_scores(lake, "twin", read_scores(lake, now))
+    made = next(model for model in read_models(lake) if model.version == now)
+    with seen_at_once(lake):
+        twin = {"version": "twin", "event": "candidate", "created": datetime.now(UTC)}
+        enter_model(lake, replace(made, **twin))
+    with TestClient(create_app(open_lake(lake.root), ServiceSettings(refresh=0.1))) as client:
+        health = lambda: client.get("/healthz").json()["model_version"]  # noqa: E731
+        assert health() == now
+        assert run("promote", "twin", "--force", *place).exit_code == 0
+        until(lambda: health() == "twin")
+        assert run("rollback", *place).exit_code == 0
+        until(lambda: health() == now)
+        body = {"customer_ids": ["a-stranger"], "k": 3}
+        first = client.post("/predict", json=body).json()["recommendations"][0]["articles"][0]
+        gone = pl.DataFrame({"article_id": [first["article_id"]], "units": [0]})
+        write(lake, "stock/units", gone)
+        until(lambda: first["article_id"] not in client.post("/predict", json=body).text)
+        write(lake, "stock/units", gone.with_columns(units=5))
+        until(lambda: first["article_id"] in client.post("/predict", json=body).text)
+    words = ["--data", str(sample), *place, *OPTIONS]
+    plan = json.loads(run("plan", *words, "--json").output)
+    assert {row["stage"]: row["would"] for row in plan}["training"] == "reuse", plan
 
 
 def test_recommend_knows_customers_and_strangers(folder_lake):

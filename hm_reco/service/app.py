@@ -184,6 +184,7 @@ def is_ready(now: Loaded, asked: PredictRequest) -> bool:
     """Whether the answer was computed before; see `model.recommend`."""
     lists = now.recommender.lists
     plain = not (asked.recent_articles or asked.explain or asked.filters.model_fields_set)
+    plain = plain and not now.catalogue.sold_out
     return (
         plain and not asked.context.date and lists is not None and asked.k <= lists.article.shape[1]
     )

@@ -10,7 +10,7 @@ __all__ = ['log', 'Key', 'SLOW', 'PAUSE', 'Loaded', 'with_state', 'wanted', 'loa
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
 from statistics import median
 
@@ -21,7 +21,7 @@ from ..model.history import load_history
 from ..model.recommend import Recommender, answer, open_recommender
 from ..model.state import load_state, states_of
 from .answers import Served
-from .catalogue import open_catalogue
+from .catalogue import open_catalogue, restocked
 from .contract import ModelCard
 
 log = logging.getLogger("hm_reco.service")
@@ -104,6 +104,8 @@ class Switch:
 
         Whatever goes wrong leaves what serves in place.
         """
+        self.lake = replace(self.lake)  # a lake remembers what it saw first
+        self._restock()
         key = self._wanted()
         if key is None:
             return False
@@ -122,6 +124,14 @@ class Switch:
         except Exception as err:
             log.warning("cannot see which model shall serve: %s", err)
         return None
+
+    def _restock(self) -> None:
+        try:
+            if self.now:
+                catalogue = restocked(self.now.catalogue, self.lake)
+                self.now = replace(self.now, catalogue=catalogue)
+        except Exception as err:
+            log.warning("cannot see what is in stock: %s", err)
 
     def _load(self, key: Key) -> bool:
         try:
