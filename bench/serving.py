@@ -164,6 +164,7 @@ def requests_of(lake: Lake, count: int = 2_000) -> dict[str, list[dict[str, Any]
         ],
         "known, ready": [{"customer_ids": [id_], "k": 12} for id_ in ids],
         "100, live": [{"customer_ids": draw.sample(ids, 100), "k": 20} for _ in range(50)],
+        "100, ready": [{"customer_ids": draw.sample(ids, 100), "k": 12} for _ in range(50)],
     }
 
 
@@ -256,10 +257,15 @@ def measure(lake: Lake, seconds: int) -> None:
         pause = 8e3 / (0.7 * loads["known, live"].rate) - 1.5 * one.p50  # it answers in between
         calm = wrk(port, bodies["known, live"], seconds, 8, pause)
         show(f"known, live, {calm.rate / loads['known, live'].rate:.0%} load", calm, bare.rate)
-        many = wrk(port, bodies["100, live"], seconds, 1)
+        ratios = {
+            kind: wrk(port, bodies[f"100, {kind}"], seconds, 1).p50
+            / wrk(port, bodies[f"known, {kind}"], seconds, 1).p50
+            for kind in ("live", "ready")
+        }
         memory = it.memory_full_info()
     profile(lake, one.p50)
-    print(f"\n100 customers at once take {many.p50 / one.p50:.1f} x as long as one")
+    told = ", ".join(f"{ratio:.1f} x {kind}" for kind, ratio in ratios.items())
+    print(f"\n100 customers at once take as long as one: {told}")
     own, whole = memory.uss / 1e9, memory.rss / 1e9
     print(f"up after {loaded:.1f} s; {own:.2f} GB of its own, {whole:.2f} GB with what is mapped")
 

@@ -201,6 +201,30 @@ def test_a_killed_worker_loses_its_requests_in_flight_alone(trained_lake):
     assert 0 <= counts["lost"] <= asking and set(counts) <= {"200", "lost"}
 
 
+READ_ONLY = """
+mount --rbind / {root} && mount -o remount,bind,ro {root} && mount -t tmpfs tmpfs {root}/var/tmp &&
+exec chroot {root} env -i PATH=/usr/bin:/bin HM_LAKE={lake} {hm} serve --port {port}
+"""
+
+
+def test_a_read_only_root_and_some_room_for_temporary_files_are_enough(trained_lake, tmp_path):
+    may = ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)]
+    if not shutil.which("unshare") or subprocess.run(may, check=False).returncode:
+        pytest.skip("needs the right to mount")
+    hm, port = Path(sys.executable).with_name("hm"), free_port()
+    script = READ_ONLY.format(root=tmp_path, lake=trained_lake.root, hm=hm, port=port)
+    command = ["unshare", "--mount", "sh", "-c", script]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            wait_for(f"http://127.0.0.1:{port}/readyz", 300)
+            answer = httpx.post(f"http://127.0.0.1:{port}/predict", json=EXAMPLE, timeout=60)
+            assert answer.status_code == 200
+        finally:
+            process.terminate()
+            _, log = process.communicate(timeout=60)
+    assert "Application shutdown complete" in log
+
+
 def test_answers_go_on_while_s3_is_away(trained_lake, tmp_path):
     with moto_server() as (url, server), pytest.MonkeyPatch.context() as patch:
         for name, value in s3_settings(url).items():

@@ -27,14 +27,11 @@ from .known import AGE_BANDS, ONLINE, STATE, Known, days_ago
 
 # %% ../../nbs/model/03_arrays.ipynb #ed116839
 def _cache_folder() -> str:
-    """Beside the package, or a copy of what lies there for this process alone; empty: none."""
+    """Beside the package, or a copy of what lies there for this process alone."""
     beside = PACKAGE / "__pycache__" / f"numba-{modules_key('hm_reco.model.features')}"
     if os.access(PACKAGE, os.W_OK):
         return str(beside)
-    try:
-        folder = mkdtemp(prefix="hm-numba-")
-    except OSError:  # nowhere to write
-        return ""
+    folder = mkdtemp(prefix="hm-numba-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     if beside.is_dir():
         shutil.copytree(beside, folder, dirs_exist_ok=True)
@@ -49,7 +46,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def compiled(function: F) -> F:
     """Compile a function; it then runs without Python's lock."""
-    kept = bool(config.CACHE_DIR) and function.__module__ != "__main__"  # type: ignore[attr-defined]
+    kept = function.__module__ != "__main__"
     return njit(nogil=True, error_model="numpy", cache=kept)(function)  # type: ignore[return-value]
 
 # %% ../../nbs/model/03_arrays.ipynb #7a1c8b7e
