@@ -174,7 +174,7 @@ ForceOption = Annotated[
     bool, typer.Option("--force", help="Against the rule; the registry remembers.")
 ]
 
-
+# %% ../../nbs/core/16_commands.ipynb #2a6bc718
 @app.command()
 def promote(version: VersionArgument, force: ForceOption = False, lake: LakeOption = None) -> None:
     """Make a model champion, if it beats the champion and the best simple method."""

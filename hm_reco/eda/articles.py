@@ -128,7 +128,7 @@ def articles(purchases: pl.LazyFrame, catalogue: pl.DataFrame, days: tuple[date,
     about = {"says": says, "alerts": _alerts(begun), "numbers": plain(numbers)}
     return Section(name="articles", title="Articles", **about)
 
-
+# %% ../../nbs/eda/03_articles.ipynb #d8b91f44
 def _alerts(begun: pl.DataFrame) -> list[Alert]:
     last = begun.tail(5)["articles"].to_list()
     usual = begun.select(pl.col("articles").median()).item()

@@ -70,7 +70,7 @@ def together(purchases: pl.LazyFrame, names: pl.DataFrame, last: date) -> Sectio
     numbers = {"several": several, "pairs": found.height, "strongest": rows_of(shown)}
     return Section(name="together", title="Bought together", says=says, numbers=plain(numbers))
 
-
+# %% ../../nbs/eda/06_pairs.ipynb #9d2358c3
 def draw_network(section: Section) -> Figure:
     """The strongest pairs as a network."""
     figure = Figure(figsize=(7.2, 4.6))

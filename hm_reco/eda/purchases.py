@@ -132,7 +132,7 @@ def draw_weeks(section: Section) -> Figure:
     axes.legend(frameon=False, ncols=3)
     return figure
 
-
+# %% ../../nbs/eda/04_purchases.ipynb #6bf6b7a2
 def draw_habits(section: Section) -> Figure:
     """Weekdays, sizes of baskets, discounts."""
     figure = Figure(figsize=(7.2, 2.2))

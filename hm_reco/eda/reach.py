@@ -114,7 +114,7 @@ def _section(table: pl.DataFrame, sellable: float, cold: float, buyers: int) -> 
     about = {"says": says, "alerts": alerts, "numbers": plain(numbers)}
     return Section(name="reach", title="What a recommender can reach", **about)
 
-
+# %% ../../nbs/eda/07_reach.ipynb #6511e118
 def draw_reach(section: Section) -> Figure:
     """Reach by source."""
     figure = Figure(figsize=(7.2, 1.8))

@@ -143,7 +143,7 @@ LAYOUT = {
     "lists.source": ("i1", "people", "ranks"),
 }
 
-
+# %% ../../nbs/model/13_state.ipynb #43477ea7
 def check_layout(arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
     """The sizes that `LAYOUT` names. Raises `StateError` when an array does not fit it."""
     sizes: dict[str, int] = {}

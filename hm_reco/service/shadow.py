@@ -190,7 +190,7 @@ def summary(lake: Lake) -> dict[str, Any] | None:
     about = {"tenths": [counts.get(n, 0) for n in range(11)], "bought": _bought(lake, rows)}
     return pair | figures.collect().row(0, named=True) | about
 
-
+# %% ../../nbs/service/07_shadow.ipynb #aa730552
 def _bought(lake: Lake, rows: pl.LazyFrame) -> dict[str, int]:
     """Purchases that followed an answer, and how many were on each list."""
     if not has_table(lake, EVENTS):
