@@ -17,7 +17,7 @@ from hm_reco.eda.purchases import baskets, discounts
 from hm_reco.eda.quality import empty_days, quality
 from hm_reco.eda.reach import proposals, reach
 from hm_reco.eda.rebuying import again
-from hm_reco.eda.section import Report, as_json, schema
+from hm_reco.core.section import Report, as_json, schema
 from hm_reco.stages.demo import demo_lake
 from hm_reco.stages.eda import examine
 from runner.cli import app

@@ -23,7 +23,7 @@ from ..eda.purchases import purchases_
 from ..eda.quality import quality
 from ..eda.reach import reach
 from ..eda.rebuying import rebuying
-from ..eda.section import Report, Section, as_json, percent, plain, schema
+from ..core.section import Report, Section, as_json, percent, plain, schema
 
 # %% ../../nbs/stages/30_eda.ipynb #b51c61fb
 def overview(lake: Lake, purchases: pl.LazyFrame) -> Section:
