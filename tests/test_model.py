@@ -35,7 +35,7 @@ from hm_reco.model.recommend import predict_all
 from hm_reco.service.app import create_app
 from hm_reco.service.switch import load, wanted
 from hm_reco.stages.demo import demo_lake
-from hm_reco.stages.training import metrics_of, plot_training, train_and_publish
+from hm_reco.stages.training import metrics_of, report_on, train_and_publish
 
 BASELINE = "own history, half-life 28 days"
 
@@ -84,7 +84,8 @@ def test_a_training_run_publishes_and_reports(lake: Lake):
         trained.verdict.means[RANKER].mean, abs=1e-6
     )
     assert load_bundle(lake, champion(lake)).tables == tables
-    assert len(plot_training(trained).axes) == 2
+    report = report_on(trained, history, "r1", tables)
+    assert report.tables == tables and metrics["promotion"] in " ".join(report.sections[0].says)
 
 
 def test_a_bundle_that_was_not_completely_written_is_refused(lake: Lake, week):

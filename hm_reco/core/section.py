@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INK', 'COLOURS', 'LOOK', 'MOST_ROWS', 'Alert', 'Section', 'Report', 'plain', 'rows_of', 'percent', 'few_dates',
-           'svg_of', 'drawn', 'table', 'as_json', 'schema', 'says', 'alerts_html']
+           'svg_of', 'drawn', 'table', 'as_json', 'schema', 'save', 'says', 'opening', 'alerts_html']
 
 # %% ../../nbs/core/18_section.ipynb #6de445c1
 import json
@@ -22,6 +22,8 @@ from matplotlib.axes import Axes
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 from pydantic import BaseModel
+
+from .lake import Lake, put_file
 
 # %% ../../nbs/core/18_section.ipynb #1dafac40
 class Alert(BaseModel):
@@ -130,7 +132,9 @@ def drawn(figure: Figure, about: str, rows: Sequence[dict[str, Any]]) -> HTML:
 
     drawing = svg_of(figure, about)
     plt.close(figure)
-    more = f"<p>{len(rows) - MOST_ROWS} more rows are in the JSON beside this page.</p>" * (len(rows) > MOST_ROWS)
+    more = f"<p>{len(rows) - MOST_ROWS} more rows are in the JSON beside this page.</p>" * (
+        len(rows) > MOST_ROWS
+    )
     numbers = table(rows[:MOST_ROWS]).data + more
     below = f"<details><summary>{escape(about)}: the numbers</summary>{numbers}</details>"
     return HTML(f'<figure><div class="scroll" tabindex="0">{drawing}</div>{below}</figure>')
@@ -171,10 +175,22 @@ def schema() -> str:
     return json.dumps(Report.model_json_schema(), indent=1)
 
 
+def save(lake: Lake, report: Report, name: str) -> None:
+    """Write `name.json` and its schema beside the page of the run."""
+    for ending, content in (("json", as_json(report)), ("schema.json", schema())):
+        put_file(lake.path("reports", report.run_id, f"{name}.{ending}"), content)
+
+# %% ../../nbs/core/18_section.ipynb #78cad6dc
 def says(section: Section) -> HTML:
     """A section's sentences and alerts for the page."""
     text = "".join(f"<p>{escape(sentence)}</p>" for sentence in section.says)
     return HTML(text + alerts_html([(section.title, alert) for alert in section.alerts]))
+
+
+def opening(report: Report, name: str) -> HTML:
+    """What stands out in a whole report, and where all its numbers are."""
+    alerts = alerts_html(report.alerts(), link=True) or "<p>Nothing stands out.</p>"
+    return HTML(f'{alerts}<p class="soft">All numbers: <a href="{name}.json">{name}.json</a></p>')
 
 
 def alerts_html(alerts: Sequence[tuple[str, Alert]], link: bool = False) -> str:

@@ -13,8 +13,8 @@ import numpy as np
 import polars as pl
 from matplotlib.figure import Figure
 
-from .customers import concentration
 from ..core.section import COLOURS, Alert, Section, few_dates, percent, plain, rows_of
+from .customers import concentration
 
 START, LIFE = 28, 26  # days at the beginning of the data, weeks of a life that are looked at
 BANDS = 5  # of prices, with as many articles each

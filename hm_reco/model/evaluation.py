@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Baseline', 'BASELINES', 'FIRST_DAYS', 'LEARN_FROM', 'TUNE_ON', 'PROBE', 'MOST_ROWS', 'FEWEST_FOR_EACH',
-           'MOST_FOR_EACH', 'Find', 'filled', 'best_sellers', 'Plan', 'weekly_buyers', 'fitted', 'Probe', 'probe',
-           'Walk', 'Evaluation', 'evaluate', 'means', 'difference', 'Verdict', 'judge', 'ladder_table', 'weekly_table']
+           'MOST_FOR_EACH', 'Find', 'SHARES', 'MOST_SCORED', 'filled', 'best_sellers', 'Plan', 'weekly_buyers',
+           'fitted', 'Probe', 'probe', 'Walk', 'Evaluation', 'evaluate', 'means', 'difference', 'Verdict', 'judge',
+           'ladder_table']
 
 # %% ../../nbs/model/09_evaluation.ipynb #ac7651a8
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from datetime import date, timedelta
 from time import perf_counter
 
 import lightgbm as lgb
+import numpy as np
 import pandas as pd
 import polars as pl
 
@@ -31,6 +33,8 @@ from hm_reco.model.candidates import (
     spend,
 )
 from .features import Matrix, Week, labelled, open_week
+from .forest import open_forest
+from .forest import scores as forest_scores
 from .history import History, as_of
 from .known import Known, age_band, decay, exact_sum
 from .ranker import RankerSettings, in_order, score, thin, train
@@ -263,6 +267,9 @@ class Evaluation:
     - `scores`: `day`, `customer`, `method`, `ap`
     - `people`: `day`, `customer`, `age`, `activity`, `channel`, `bought`
     - `shelf`: `day`, `article`, `type`, `sold_28`, `last_sold` of the articles known on that day
+    - `wanted`: `day`, `customer`, `article` bought, `again` (she had it), `proposed` (a candidate)
+    - `scored`: `share` (of a week's candidates, the best first), `candidates`, the sum of their
+      `score`, how many were `bought`
     """
 
     plan: Plan
@@ -270,12 +277,18 @@ class Evaluation:
     scores: pl.DataFrame
     people: pl.DataFrame
     shelf: pl.DataFrame
+    wanted: pl.DataFrame
+    scored: pl.DataFrame
     booster: lgb.Booster  # for serving
     settings: RankerSettings
     probe: Probe
     tower: Tower | None
     sample: Matrix  # the last weeks thinned, to look at what the ranker does
-    candidate_recall: float  # share of the judged weeks' purchases among the candidates
+
+    @property
+    def candidate_recall(self) -> float:
+        """Share of the judged weeks' purchases among the candidates."""
+        return float(self.wanted["proposed"].sum()) / max(self.wanted.height, 1)
 
 # %% ../../nbs/model/09_evaluation.ipynb #a84e7996
 @dataclass
@@ -286,8 +299,8 @@ class _Judged:
     scores: list[pl.DataFrame] = field(default_factory=list)
     people: list[pl.DataFrame] = field(default_factory=list)
     shelf: list[pl.DataFrame] = field(default_factory=list)
-    hits: int = 0
-    bought: int = 0
+    wanted: list[pl.DataFrame] = field(default_factory=list)
+    scored: list[pl.DataFrame] = field(default_factory=list)
 
     def add(self, day: date, week: Week, matrix: Matrix, booster: lgb.Booster) -> None:
         """Judge the ladder and the ranker on a week."""
@@ -297,22 +310,51 @@ class _Judged:
         self.people.append(_people(week).with_columns(day=pl.lit(day)))
         columns = ["article", "type", "sold_28", "last_sold"]
         self.shelf.append(week.known.state.select(columns).with_columns(day=pl.lit(day)))
-        self.hits += int(matrix.label.sum())
-        self.bought += week.sold.height
+        self.wanted.append(_wanted(week, matrix).with_columns(day=pl.lit(day)))
+        self.scored.append(_scored(booster, matrix))
 
     def _method(self, day: date, method: str, lists: pl.DataFrame, week: Week) -> None:
         about = {"day": pl.lit(day), "method": pl.lit(method)}
         ap = average_precision(lists, week.sold).with_columns(**about)
         self.scores.append(ap.select("day", "customer", "method", "ap"))
-        bought = week.sold.select("customer", "article").unique().with_columns(hit=True)
-        before = week.own.select("customer", "article").unique().with_columns(again=True)
-        marked = lists.select("customer", "article", "rank")
-        for part in (bought, before):
-            marked = marked.join(
-                part, on=["customer", "article"], how="left", maintain_order="left"
-            )
-        flags = pl.col("hit", "again").fill_null(value=False)
-        self.lists.append(marked.with_columns(flags, pl.col("rank").cast(pl.Int16), **about))
+        marked = _marked(lists.select("customer", "article", "rank"), hit=week.sold, again=week.own)
+        self.lists.append(marked.with_columns(pl.col("rank").cast(pl.Int16), **about))
+
+# %% ../../nbs/model/09_evaluation.ipynb #cdd83c51
+def _marked(pairs: pl.DataFrame, **flags: pl.DataFrame) -> pl.DataFrame:
+    """Pairs of customer and article, with a flag for each table: is the pair in it?"""
+    on = ["customer", "article"]
+    for name, table in flags.items():
+        there = table.select(on).unique().with_columns(pl.lit(value=True).alias(name))
+        pairs = pairs.join(there, on=on, how="left", maintain_order="left")
+    return pairs.with_columns(pl.col(*flags).fill_null(value=False))
+
+
+def _wanted(week: Week, matrix: Matrix) -> pl.DataFrame:
+    """What the customers bought: `customer`, `article`, `again`, `proposed`."""
+    bought = week.sold.select("customer", "article").unique().sort("customer", "article")
+    return _marked(bought, again=week.own, proposed=matrix.pairs)
+
+# %% ../../nbs/model/09_evaluation.ipynb #02cf69ae
+SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of candidates, best first
+MOST_SCORED = 200_000  # candidates of a week whose scores are held against what was bought
+
+
+def _scored(booster: lgb.Booster, matrix: Matrix) -> pl.DataFrame:
+    """Scores and purchases of a week, by place among all candidates."""
+    some = slice(None, None, max(len(matrix.label) // MOST_SCORED, 1))
+    scores, bought = forest_scores(open_forest(booster), matrix.values[some]), matrix.label[some]
+    order = np.argsort(-scores, kind="stable")
+    ends = np.ceil(np.array(SHARES) * len(order)).astype(int)
+    parts = np.split(order, ends[:-1])
+    return pl.DataFrame(
+        {
+            "share": SHARES,
+            "candidates": [len(part) for part in parts],
+            "score": [float(scores[part].sum()) for part in parts],
+            "bought": [int(bought[part].sum()) for part in parts],
+        }
+    )
 
 # %% ../../nbs/model/09_evaluation.ipynb #276af57f
 def _people(week: Week) -> pl.DataFrame:
@@ -405,12 +447,13 @@ def _outcome(
         pl.concat(judged.scores),
         pl.concat(judged.people),
         pl.concat(judged.shelf),
+        pl.concat(judged.wanted),
+        pl.concat(judged.scored).group_by("share").sum().sort("share"),
         train(learned.newest(), settings),
         settings,
         walk.probe,  # type: ignore[arg-type]
         walk.tower,
         learned.weeks[-1],
-        judged.hits / max(judged.bought, 1),
     )
 
 # %% ../../nbs/model/09_evaluation.ipynb #f86425b1
@@ -463,12 +506,3 @@ def ladder_table(verdict: Verdict) -> pd.DataFrame:
         for name, i in verdict.means.items()
     }
     return pd.DataFrame(rows).T
-
-# %% ../../nbs/model/09_evaluation.ipynb #90321904
-def weekly_table(scores: pl.DataFrame) -> pd.DataFrame:
-    """MAP@12 by week (rows, by first day) and method (columns), and the `customers` judged."""
-    weeks = scores.group_by("day", "method").agg(pl.col("ap").mean(), n=pl.len())
-    wide = weeks.pivot("method", index=["day", "n"], values="ap").sort("day")
-    names = scores["method"].unique(maintain_order=True)
-    table = pd.DataFrame(wide.to_dict(as_series=False)).set_index("day")
-    return table[[*names, "n"]].rename(columns={"n": "customers"}).round(4).rename_axis(None)

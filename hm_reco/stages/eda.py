@@ -12,9 +12,10 @@ from typing import Any
 
 import polars as pl
 
-from ..core.lake import Lake, put_file, scan, table_version
+from ..core.lake import Lake, scan, table_version
 from ..core.loads import newest
 from ..core.progress import track
+from ..core.section import Report, Section, percent, plain
 from ..eda.articles import articles
 from ..eda.customers import customers
 from ..eda.drift import TABLES, drift, versions_at
@@ -23,7 +24,6 @@ from ..eda.purchases import purchases_
 from ..eda.quality import quality
 from ..eda.reach import reach
 from ..eda.rebuying import rebuying
-from ..core.section import Report, Section, as_json, percent, plain, schema
 
 # %% ../../nbs/stages/30_eda.ipynb #b51c61fb
 def overview(lake: Lake, purchases: pl.LazyFrame) -> Section:
