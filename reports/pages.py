@@ -1,9 +1,11 @@
 """The pages: executed notebooks without their code, each run, each sweep, the index of a lake."""
 
 import re
+from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import cache
+from hashlib import sha256
 from importlib.resources import files
 from typing import Any, Protocol
 
@@ -45,15 +47,23 @@ class Stage(Protocol):
 
 
 @cache
-def _environment() -> Environment:
-    def load(name: str) -> str:
-        return files("reports").joinpath(name).read_text(encoding="utf-8")
+def _load(name: str) -> str:
+    return files("reports").joinpath(name).read_text(encoding="utf-8")
 
-    loader = FunctionLoader(load)
+
+@cache
+def _environment() -> Environment:
+    loader = FunctionLoader(_load)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
-    environment.globals["style"] = load("style.css")
+    environment.globals |= {"style": _load("style.css"), "search": _load("search.js")}
     environment.filters |= {"number": _number, "leaves": _leaves}
     return environment
+
+
+def script_source() -> str:
+    """The index's script, as a Content-Security-Policy names it: no other may run."""
+    digest = b64encode(sha256(_load("search.js").encode()).digest()).decode()
+    return f"'sha256-{digest}'"
 
 
 def _page(template: str, **values: Any) -> str:
@@ -206,8 +216,17 @@ def sweep_page(
     return _page("sweep.html.j2", sweep_id=sweep_id, rows=rows, lake=lake)
 
 
-def index_page(entries: Sequence[Entry], stages: Mapping[str, Stage], lake: str) -> str:
-    """Figures over time, and the runs, the newest first; `entries` are in order of time."""
+def index_page(
+    entries: Sequence[Entry],
+    stages: Mapping[str, Stage],
+    lake: str,
+    models: Sequence[Mapping[str, Any]] = (),
+    shadow: bool = False,
+) -> str:
+    """Figures over time, models and runs, the newest first; `entries` are in order of time.
+
+    `models` are rows of `hm_reco.core.registry.model_rows`; `shadow`: a page on a challenger.
+    """
     runs: dict[str, list[Entry]] = {}
     for entry in entries:
         runs.setdefault(entry.run_id, []).append(entry)
@@ -220,6 +239,8 @@ def index_page(entries: Sequence[Entry], stages: Mapping[str, Stage], lake: str)
         runs=newest,
         figures=figures,
         series=_series(whole, stages),
+        models=models,
+        shadow=shadow,
         trial=TRIAL.fullmatch,
     )
 

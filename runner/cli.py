@@ -16,7 +16,17 @@ from hm_reco.core.commands import JsonOption, LakeOption, WaitOption, console, s
 from hm_reco.core.lake import Lake, open_lake, read_vouched
 from hm_reco.core.settings import Settings
 
+
+def _changed(result: object, **_: object) -> None:
+    """A command that changes what the index of the reports tells returns its lake."""
+    from runner.render import render_index
+
+    if isinstance(result, Lake):
+        render_index(result)
+
+
 app = typer.Typer(
+    result_callback=_changed,
     help="Raw fashion purchases become served recommendations.",
     no_args_is_help=True,
     add_completion=False,

@@ -5,6 +5,7 @@ from typing import Any
 
 from hm_reco.core.lake import Lake, put_file
 from hm_reco.core.ledger import Entry, read_ledger
+from hm_reco.core.registry import model_rows
 from reports.pages import index_page, run_page, sweep_page
 from runner.graph import load_pipeline
 
@@ -27,5 +28,7 @@ def render_sweep(
 
 def render_index(lake: Lake) -> None:
     """Write `reports/index.html`."""
-    page = index_page(read_ledger(lake), load_pipeline(), lake.root)
+    shadow = lake.path("reports", "shadow.html").is_file()
+    entries, models = read_ledger(lake), model_rows(lake)
+    page = index_page(entries, load_pipeline(), lake.root, models, shadow)
     put_file(lake.path("reports", "index.html"), page)

@@ -18,9 +18,24 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium on this machine")
 
 
+HM = str(Path(sys.executable).with_name("hm"))
+QUICK = ("evaluation_weeks=2", "training_weeks=2", "tower_examples=0", "rounds=30")
+
+
 @pytest.fixture(scope="module")
-def url(trained_lake):
-    command = [str(Path(sys.executable).with_name("hm")), "serve", "--lake", trained_lake.root]
+def root(trained_lake, tmp_path_factory) -> str:
+    """A lake in which the data were looked at and two models were trained."""
+    lake = str(tmp_path_factory.mktemp("read") / "lake")
+    shutil.copytree(trained_lake.root, lake)
+    given = [part for one in QUICK for part in ("-p", f"training.{one}")]
+    for more in (["eda", "training"], ["training", "-p", "seed=1"]):
+        subprocess.run([HM, "run", *more, "--lake", lake, *given], check=True, capture_output=True)
+    return lake
+
+
+@pytest.fixture(scope="module")
+def url(root):
+    command = [HM, "serve", "--lake", root]
     port = free_port()
     with subprocess.Popen(
         command, env=os.environ | {"HM_PORT": str(port)}, stderr=subprocess.DEVNULL
@@ -41,14 +56,6 @@ def page():
         yield page
         assert problems == []
         browser.close()
-
-
-@pytest.fixture(scope="module")
-def reports(trained_lake) -> Path:
-    """The reports of a lake in which the data were looked at."""
-    hm = str(Path(sys.executable).with_name("hm"))
-    subprocess.run([hm, "eda", "--lake", trained_lake.root], check=True, capture_output=True)
-    return Path(trained_lake.root, "reports")
 
 
 def faults(page: Page) -> list[str]:
@@ -92,13 +99,14 @@ def test_a_phone_needs_no_scrolling_sideways(url, page):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [375, 1280])
-def test_reports_are_whole_and_for_everybody(reports, page, width, scheme):
+def test_reports_are_whole_and_for_everybody(root, page, width, scheme):
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
     page.emulate_media(color_scheme=scheme)
     page.set_viewport_size({"width": width, "height": 800})
-    shown = [reports / "index.html", *reports.glob("*/index.html"), *reports.glob("*/eda.html")]
-    assert len(shown) >= 3
+    reports = Path(root, "reports")
+    shown = [reports / "index.html", *reports.glob("*/*.html")]
+    assert {path.name for path in shown} == {"index.html", "eda.html", "training.html"}
     for path in shown:
         page.goto(path.as_uri())
         assert page.evaluate("document.documentElement.scrollWidth") <= width, path
@@ -113,3 +121,29 @@ def test_the_service_page_is_for_everybody(url, page, trained_lake):
         for query in ("", f"?q={loyal}"):
             page.goto(url + query)
             assert faults(page) == [], query
+
+
+def test_the_index_is_searched_from_a_folder_and_from_the_service(url, root, page):
+    for address in (Path(root, "reports", "index.html").as_uri(), f"{url}reports/"):
+        page.goto(address)
+        whole = page.locator("[data-find]").count()
+        page.get_by_role("searchbox").fill("eda succeeded")
+        assert page.locator("#found").inner_text() == f"1 of {whole}"
+        assert page.locator("[data-find]:visible").count() == 1
+        page.get_by_role("searchbox").fill("no such thing")
+        assert page.locator("[data-find]:visible").count() == 0
+        page.goto(f"{address}#q=-ranker")
+        page.reload()
+        assert page.locator("[data-find]:visible").count() == 2
+
+
+def test_a_promotion_is_seen_in_the_index(root, page):
+    index = Path(root, "reports", "index.html")
+    page.goto(index.as_uri())
+    other = page.locator("tr[data-find]", has=page.locator("td.candidate")).first
+    version = other.get_by_role("link").inner_text()
+    command = [HM, "promote", version, "--force", "--lake", root]
+    subprocess.run(command, check=True, capture_output=True)
+    page.reload()
+    row = page.locator("tr[data-find]", has_text=version)
+    assert row.locator("td.champion").is_visible()

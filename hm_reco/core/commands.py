@@ -176,7 +176,7 @@ ForceOption = Annotated[
 
 # %% ../../nbs/core/16_commands.ipynb #2a6bc718
 @app.command()
-def promote(version: VersionArgument, force: ForceOption = False, lake: LakeOption = None) -> None:
+def promote(version: VersionArgument, force: ForceOption = False, lake: LakeOption = None) -> Lake:
     """Make a model champion, if it beats the champion and the best simple method."""
     from hm_reco.core.registry import promote as make_champion
     from hm_reco.core.registry import seen_at_once
@@ -187,10 +187,11 @@ def promote(version: VersionArgument, force: ForceOption = False, lake: LakeOpti
             verdict = make_champion(target, version, force)
         word = "is champion now" if verdict.allowed else "is champion now, by force"
         console.print(f"{version} {word}: {verdict}", highlight=False)
+    return target
 
 
 @app.command()
-def rollback(lake: LakeOption = None) -> None:
+def rollback(lake: LakeOption = None) -> Lake:
     """Take back the last promotion: the champion before serves again."""
     from hm_reco.core.registry import rollback as take_back
     from hm_reco.core.registry import seen_at_once
@@ -200,6 +201,7 @@ def rollback(lake: LakeOption = None) -> None:
         with seen_at_once(target):
             before, now = take_back(target)
         console.print(f"{now} serves again, {before} is retired", highlight=False)
+    return target
 
 # %% ../../nbs/core/16_commands.ipynb #5cd80853
 def show_alerts(lake: Lake, fail_on: str = "") -> None:
@@ -234,7 +236,8 @@ def show_results(lake: Lake, metrics: Mapping[str, Mapping[str, Any]]) -> None:
         show(f"Before {training['as_of']}, {weeks}", rows)
         mean, low, high = training["lead"]
         over = f"lead of the ranker over {training['best_baseline']!r}"
-        console.print(f"{over}: {mean:.4f} ({low:.4f} .. {high:.4f})", highlight=False)
+        line = f"{over}: {mean:.4f} ({low:.4f} .. {high:.4f})"
+        console.print(line, highlight=False, soft_wrap=True)
         console.print(f"{training['promotion']}\n", highlight=False)
     for kind, customer_id in metrics.get("inference", {}).get("examples", {}).items():
         rows, _ = recommended(lake, customer_id)

@@ -265,6 +265,7 @@ def _model_row(model: Model, state: str, last: Model) -> dict[str, Any]:
         "as of": model.as_of,
         "MAP@12": f"{map12[model.method]:.4f}" if model.method in map12 else "–",
         "made": f"{model.created:%Y-%m-%d %H:%M}",
+        "run": model.run_id,
         "commit": model.git_commit[:9],
         "why": last.reason,
     }

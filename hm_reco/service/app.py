@@ -46,6 +46,7 @@ from .metrics import Metrics
 from .page import page
 from .shadow import Shadow
 from .switch import Loaded, Switch, model_card
+from reports.pages import script_source
 
 # %% ../../nbs/service/09_app.ipynb #47b41e48
 log = logging.getLogger("hm_reco.service")
@@ -284,7 +285,8 @@ def report(request: Request, path: str) -> Response:
     file = request.app.state.service.switch.lake.path(room, *parts)
     if not file.is_file():
         raise HTTPException(404, f"no report {path[:200]!r}; /reports/ lists all")
-    return Response(file.read_bytes(), 200, {"Content-Security-Policy": NO_SCRIPTS}, kind)
+    policy = {"Content-Security-Policy": f"{NO_SCRIPTS}; script-src {script_source()}"}
+    return Response(file.read_bytes(), 200, policy, kind)
 
 # %% ../../nbs/service/09_app.ipynb #197aadc1
 REFUSALS = (400, 401, 413, 422, 429, 503)
