@@ -72,6 +72,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'hm_reco.core.lake.append': ('core/lake.html#append', 'hm_reco/core/lake.py'),
                                    'hm_reco.core.lake.branch': ('core/lake.html#branch', 'hm_reco/core/lake.py'),
                                    'hm_reco.core.lake.find_file': ('core/lake.html#find_file', 'hm_reco/core/lake.py'),
+                                   'hm_reco.core.lake.folders_of': ('core/lake.html#folders_of', 'hm_reco/core/lake.py'),
                                    'hm_reco.core.lake.has_table': ('core/lake.html#has_table', 'hm_reco/core/lake.py'),
                                    'hm_reco.core.lake.local_path': ('core/lake.html#local_path', 'hm_reco/core/lake.py'),
                                    'hm_reco.core.lake.newest_version': ('core/lake.html#newest_version', 'hm_reco/core/lake.py'),

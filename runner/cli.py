@@ -209,6 +209,21 @@ def params(stage: str, as_json: JsonOption = False) -> None:
 
 
 @app.command()
+def new_stage(
+    name: Annotated[str, typer.Argument(help="Such as price_watch.")],
+    after: Annotated[str, typer.Option(help="The stage that it comes after.")] = "processing",
+) -> None:
+    """Begin a stage of your own: a notebook that runs, its place in the graph, its test."""
+    from runner.scaffold import new_stage as begin
+
+    with told():
+        console.print("running the notebook once, on a small shop ...")
+        for path in begin(name, after):
+            console.print(f"written  {path}", soft_wrap=True, highlight=False)
+    console.print(f"next     open it (make lab), hm run {name}, make test", highlight=False)
+
+
+@app.command()
 def sweep(
     stage: str,
     parameter: ParameterOption = None,

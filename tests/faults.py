@@ -16,12 +16,13 @@ from urllib.parse import urlsplit
 import polars as pl
 import psutil
 
-from hm_reco.core.lake import STAGE_OF, Lake, has_table, open_lake, scan, table_names
+from hm_reco.core.lake import STAGE_OF, Lake, folders_of, has_table, open_lake, scan, table_names
 from hm_reco.core.ledger import read_ledger
 from hm_reco.core.loads import LOADS
+from runner.graph import load_pipeline
 
 HM = Path(sys.executable).with_name("hm")
-STAGES = ["ingestion", "processing", "eda", "training", "inference"]
+STAGES = [*load_pipeline()]
 QUICK = ["evaluation_weeks=1", "training_weeks=2", "rounds=20", "tower_examples=0"]
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 BUSY = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
@@ -152,8 +153,7 @@ def kernels(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 def files_of(lake: Lake, stage: str) -> set[str]:
-    folders = [folder for folder, owner in STAGE_OF.items() if owner == stage]
-    return {str(path) for folder in folders for path in lake.path(folder).rglob("*.*")}
+    return {str(path) for folder in folders_of(stage) for path in lake.path(folder).rglob("*.*")}
 
 
 def run_until_it_writes(lake: Lake, data: Path, stage: str) -> Iterator[subprocess.Popen[str]]:

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .lake import STAGE_OF, Lake, open_lake
+from .lake import STAGE_OF, Lake, open_lake, stage_of, table_names
 from .lease import LeaseError, leases
 
 # %% ../../nbs/core/16_commands.ipynb #30740225
@@ -97,7 +97,8 @@ def vacuum_tables(
         if not days:
             raise ValueError(f"--keep {keep}: expected a number of days, such as 30d")
         target = open_lake(lake)
-        with leases(target, [*STAGE_OF.values()], wait, console.print):
+        owners = {*STAGE_OF.values(), *filter(None, map(stage_of, table_names(target)))}
+        with leases(target, sorted(owners), wait, console.print):
             removed = vacuum(target, int(days[1]), dry_run)
         rows = [{"table": name, "files": count} for name, count in removed.items()]
         show("Would remove" if dry_run else "Removed", rows, as_json)

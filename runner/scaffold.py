@@ -1,0 +1,89 @@
+"""A new stage: a notebook that runs, its place in the graph, its test."""
+
+import keyword
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+import nbformat
+from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from runner.graph import PIPELINE, PipelineError, choose, load_pipeline, project_root
+
+FENCE = re.compile(r"^```python *(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NAME = re.compile(r"[a-z][a-z0-9_]{1,40}")
+
+
+def _filled(template: str, name: str) -> str:
+    text = files("runner").joinpath(template).read_text(encoding="utf-8")
+    return Template(text).substitute(name=name, title=name.replace("_", " ").capitalize())
+
+
+def _cells(text: str) -> Iterator[nbformat.NotebookNode]:
+    """Prose and fenced code as cells; the word after `python` is a tag."""
+    at = 0
+    for block in FENCE.finditer(text):
+        if prose := text[at : block.start()].strip():
+            yield new_markdown_cell(prose)
+        yield new_code_cell(block[2].strip(), metadata={"tags": [block[1]]} if block[1] else {})
+        at = block.end()
+
+
+def _check(name: str, root: Path) -> None:
+    """Raises `PipelineError` when the name cannot be that of a new stage, or nothing is here."""
+    if not NAME.fullmatch(name) or keyword.iskeyword(name):
+        expected = "small letters, digits and _, such as price_watch: it names a module"
+        raise PipelineError(f"stage name {name!r}: expected {expected}")
+    if name in load_pipeline() or list((root / "nbs").rglob(f"[0-9]*_{name}.ipynb")):
+        raise PipelineError(f"stage name {name!r}: it is taken; hm plan lists the stages")
+    if not (root / "nbs" / "stages").is_dir() or not PIPELINE.is_relative_to(root):
+        raise PipelineError(f"{root} holds no nbs/stages: a new stage needs a clone of the project")
+    if not Path(sys.executable).with_name("nbdev-export").exists():
+        raise PipelineError("nbdev is not installed, which exports notebooks: make .installed")
+
+
+def _notebook(name: str, folder: Path) -> nbformat.NotebookNode:
+    """The notebook, with the outputs of having been run."""
+    about = {"display_name": "python3", "language": "python", "name": "python3"}
+    cells = list(_cells(_filled("new_stage.md", name)))
+    notebook = new_notebook(cells=cells, metadata={"kernelspec": about})
+    resources = {"metadata": {"path": str(folder)}}
+    return NotebookClient(notebook, kernel_name="python3", resources=resources).execute()
+
+
+def new_stage(name: str, after: str) -> list[Path]:
+    """Write a stage's notebook, its test, its graph entry and its module; returns the files.
+
+    Raises `PipelineError`; nothing is written then.
+    """
+    root = project_root()
+    _check(name, root)
+    choose(load_pipeline(), [after])
+    folder = root / "nbs" / "stages"
+    last = max(int(path.name[:2]) for path in folder.glob("[0-9][0-9]_*.ipynb"))
+    notebook = folder / f"{min(last // 10 * 10 + 10, 99)}_{name}.ipynb"
+    nbformat.write(_notebook(name, folder), notebook)
+    test = root / "tests" / f"test_{name}.py"
+    test.write_text(_filled("new_stage_test.txt", name), encoding="utf-8")
+    place = notebook.relative_to(root).as_posix()
+    entry = (
+        f"  {name}:\n    notebook: {place}\n    after: [{after}]\n    headline: {{units: units}}\n"
+    )
+    before = PIPELINE.read_text(encoding="utf-8").rstrip("\n")
+    PIPELINE.write_text(f"{before}\n{entry}", encoding="utf-8")
+    sort = [
+        "ruff",
+        "check",
+        "--fix",
+        "--quiet",
+        str(test),
+    ]  # of the imports, which the name decides
+    for tool, *words in (["nbdev-export"], ["nbdev-clean"], sort):
+        command = [str(Path(sys.executable).with_name(tool)), *words]
+        subprocess.run(command, check=True, cwd=root)
+    return [notebook, test, PIPELINE, root / "hm_reco" / "stages" / f"{name}.py"]

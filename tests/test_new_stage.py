@@ -1,0 +1,78 @@
+"""A stage is begun in a copy of the project, and goes the whole way there."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("nbs", "hm_reco", "runner", "reports", "tests", "docs", "pyproject.toml", "settings.ini")
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project."""
+    root = tmp_path_factory.mktemp("clone")
+    unwanted = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+    for name in PARTS:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, root / name, ignore=unwanted)
+        else:
+            shutil.copy(ROOT / name, root / name)
+    for name in ("README.md", "CONTRIBUTING.md", "LICENSE"):
+        shutil.copy(ROOT / name, root / name)
+    return root
+
+
+def call(root: Path, name: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Call an installed command with the copy's code."""
+    return subprocess.run(
+        [str(BIN / name), *words],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+
+
+def test_a_new_stage_runs_and_keeps_the_rules(clone: Path):
+    begun = call(clone, "hm", "new-stage", "price_watch")
+    assert begun.returncode == 0, begun.stderr
+    assert (clone / "nbs/stages/60_price_watch.ipynb").is_file()
+    assert "price_watch:" in (clone / "runner/pipeline.yaml").read_text()
+    assert (clone / "hm_reco/stages/price_watch.py").is_file()
+    tested = call(clone, "pytest", "-q", "-p", "no:cacheprovider", "tests/test_price_watch.py")
+    assert tested.returncode == 0, tested.stdout
+    rules = call(clone, "pytest", "-q", "-p", "no:cacheprovider", "tests/test_layout.py")
+    assert rules.returncode == 0, rules.stdout
+    for check in (["check"], ["format", "--check"]):
+        assert call(clone, "ruff", *check, "nbs", "tests").returncode == 0
+    planned = call(clone, "hm", "plan", "price_watch")
+    assert "it never ran here" in planned.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("training", "it is taken"),
+        ("Price-Watch", "expected small letters"),
+        ("class", "expected small letters"),
+        ("../x", "expected small letters"),
+    ],
+)
+def test_a_name_that_cannot_be_a_stage_is_refused(clone: Path, name: str, message: str):
+    before = (clone / "runner/pipeline.yaml").read_bytes()
+    refused = call(clone, "hm", "new-stage", name)
+    assert refused.returncode == 1 and message in " ".join(refused.stderr.split())
+    assert (clone / "runner/pipeline.yaml").read_bytes() == before
+
+
+def test_an_unknown_stage_before_it_is_refused(clone: Path):
+    refused = call(clone, "hm", "new-stage", "late", "--after", "trainig")
+    assert refused.returncode == 1 and "did you mean 'training'" in refused.stderr
+    assert not list((clone / "nbs/stages").glob("*_late.ipynb"))
