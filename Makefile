@@ -9,6 +9,13 @@ CUSTOMERS ?= 13720
 WEEKS ?= 4
 OPTIONS := $(if $(DATA),--data $(DATA)) $(if $(LAKE),--lake $(LAKE)) $(foreach p,$(P),-p $(p))
 
+# git compares and merges notebooks by cell; .gitattributes names the drivers
+define NBDIME
+git config diff.jupyternotebook.command '$(CURDIR)/$(LAB)/git-nbdiffdriver diff'; \
+git config merge.jupyternotebook.name 'nbdime, by cell'; \
+git config merge.jupyternotebook.driver '$(CURDIR)/$(LAB)/git-nbmergedriver merge %O %A %B %L %P'
+endef
+
 .DEFAULT_GOAL := help
 .PHONY: help run serve lab docs test lint types notebooks bench quality pytest format lock clean
 
@@ -29,6 +36,7 @@ help:  ## this list
 	$(PYTHON) -m venv .venv-lab
 	$(LAB)/pip install --quiet --disable-pip-version-check -c requirements.lock torch
 	$(LAB)/pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[lab]'
+	@if git rev-parse --git-dir > /dev/null 2>&1; then $(NBDIME); fi
 	@touch $@
 
 # what bench/ compares with, away from what is compared
@@ -97,4 +105,6 @@ lock: .installed .installed-lab .installed-peers .installed-docs  ## write requi
 	  | sed 's/+cpu$$//' | sort -u > requirements.lock
 
 clean:  ## remove what make made, but no lake
+	-@git config --remove-section diff.jupyternotebook 2> /dev/null
+	-@git config --remove-section merge.jupyternotebook 2> /dev/null
 	rm -rf .venv .venv-lab .venv-peers .venv-rivals .venv-docs build .installed .installed-lab .installed-peers .installed-rivals .installed-docs .pytest_cache .mypy_cache .ruff_cache .coverage*

@@ -208,7 +208,7 @@ def params(stage: str, as_json: JsonOption = False) -> None:
         show(f"Parameters of {stage}", rows, as_json)
 
 
-@app.command()
+@app.command("new-stage")
 def new_stage(
     name: Annotated[str, typer.Argument(help="Such as price_watch.")],
     after: Annotated[str, typer.Option(help="The stage that it comes after.")] = "processing",
