@@ -17,16 +17,34 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 PAGES, SITE = ROOT / "build" / "docs", ROOT / "build" / "site"
-GUIDES = {
-    "running.md": "Running stages",
-    "data.md": "Data",
-    "eda.md": "The report on the data",
-    "recommender.md": "The recommender",
-    "serving.md": "Serving",
+NAV: dict[str, str | dict[str, str]] = {
+    "Start": "README.md",
+    "Tutorial": "docs/tutorial.md",
+    "How to": {
+        "Keep the lake on S3": "docs/how-to/s3.md",
+        "Run by itself": "docs/how-to/scheduling.md",
+        "Tune the model": "docs/how-to/tuning.md",
+        "Promote, take back": "docs/how-to/promoting.md",
+        "Serve": "docs/how-to/serving.md",
+        "Add a stage": "docs/how-to/new-stage.md",
+    },
+    "Guides": {
+        "Running stages": "docs/running.md",
+        "Data": "docs/data.md",
+        "The reports on the data": "docs/eda.md",
+        "Serving": "docs/serving.md",
+    },
+    "Why": {
+        "Notebooks first": "docs/explanation/notebooks.md",
+        "Time": "docs/explanation/time.md",
+        "How the recommender works": "docs/recommender.md",
+        "What was measured": "docs/explanation/measured.md",
+    },
 }
 CSS = ".jp-InputPrompt, .jp-OutputPrompt { display: none !important; }"
 LINK = re.compile(r"\]\(([^)#:\s]+)")
-HREF = re.compile(r'(?:href|src)="([^"#?]+)')
+HREF = re.compile(r'<[a-z][^<>]*\s(?:href|src)="([^"#?]+)')
+OF_A_LAKE = re.compile(r"[a-z]+\.json")  # what a notebook's output links to lies in its lake
 
 
 def copy(path: Path) -> None:
@@ -51,7 +69,7 @@ def for_readers(notebook: dict[str, Any]) -> dict[str, Any]:
 
 def copy_guides() -> None:
     """README, guides and notebooks, and what the guides link to."""
-    guides = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    guides = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
     linked = {
         (guide.parent / to).resolve() for guide in guides for to in LINK.findall(guide.read_text())
     }
@@ -146,11 +164,15 @@ def write_reference() -> dict[str, str]:
 
 def notebooks() -> list[dict[str, object]]:
     """The notebooks for the navigation, room by room."""
-    rooms = ("core", "model", "eda", "service", "stages")
+    rooms = ("core", "model", "eda", "service", "stages", "explore")
     return [
         {room: [str(p.relative_to(PAGES)) for p in sorted((PAGES / "nbs" / room).glob("*.ipynb"))]}
         for room in rooms
     ]
+
+
+def _listed(pages: dict[str, str]) -> list[dict[str, str]]:
+    return [{title: path} for title, path in pages.items()]
 
 
 def write_pages() -> None:
@@ -159,9 +181,11 @@ def write_pages() -> None:
     (PAGES / "reference").mkdir(parents=True)
     copy_guides()
     reference = write_reference()
-    nav = [
-        {"Start": ["README.md"]},
-        {"Guides": [{title: f"docs/{name}"} for name, title in GUIDES.items()]},
+    nav: list[dict[str, Any]] = [
+        *(
+            {name: [pages] if isinstance(pages, str) else _listed(pages)}
+            for name, pages in NAV.items()
+        ),
         {"Notebooks": notebooks()},
         {"Reference": [{title: path} for title, path in reference.items()]},
         {"Contributing": "CONTRIBUTING.md"},
@@ -174,13 +198,17 @@ def write_pages() -> None:
     }
     about["hooks"] = ["../docs/site.py"]
     (PAGES / "extra.css").write_text(CSS)
+    shutil.copy(ROOT / "docs" / "offline.js", PAGES / "offline.js")
     about["extra_css"] = ["extra.css"]
     PAGES.with_suffix(".yml").write_text(yaml.safe_dump(about, sort_keys=False))
     print(f"{len(list(PAGES.rglob('*.*')))} files in {PAGES.relative_to(ROOT)}")
 
 
-def on_post_page(output: str, **_: object) -> str:
+def on_post_page(output: str, page: Any, **_: object) -> str:
     """Of mkdocs: links from and to notebooks lead to pages, and nothing comes from elsewhere."""
+    up = "../" * page.url.count("/")
+    shim = r'<script src="https://[^"]*iframe-worker[^"]*"></script>'
+    output = re.sub(shim, f'<script src="{up}offline.js"></script>', output)
     output = re.sub(r'<script src="https://[^"]*"></script>', "", output)
     return re.sub(r'(href="(?!https?:)[^"#]+)\.(?:ipynb|md)\b', r"\1.html", output)
 
@@ -190,7 +218,8 @@ def dead_links() -> Iterator[str]:
     for page in SITE.rglob("[!4]*.html"):
         text = page.read_text()
         for to in HREF.findall(text):
-            if not re.match(r"[a-z]+:|//", to) and not (page.parent / unquote(to)).exists():
+            elsewhere = re.match(r"[a-z]+:|//", to) or OF_A_LAKE.fullmatch(to)
+            if not elsewhere and not (page.parent / unquote(to)).exists():
                 yield f"{page.relative_to(SITE)}: {to}"
         for needed in re.findall(r'<(?:script|link|img)[^>]+(?:href|src)="(https?://[^"]+)', text):
             yield f"{page.relative_to(SITE)}: loads {needed}"

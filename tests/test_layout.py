@@ -109,7 +109,7 @@ def test_the_runner_stays_small():
 
 
 def test_links_of_the_guides_lead_somewhere():
-    guides = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    guides = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
     links = [
         (page, to) for page in guides for to in re.findall(r"\]\(([^)#:]+)\)", page.read_text())
     ]
