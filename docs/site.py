@@ -41,7 +41,6 @@ NAV: dict[str, str | dict[str, str]] = {
         "What was measured": "docs/explanation/measured.md",
     },
 }
-CSS = ".jp-InputPrompt, .jp-OutputPrompt { display: none !important; }"
 LINK = re.compile(r"\]\(([^)#:\s]+)")
 HREF = re.compile(r'<[a-z][^<>]*\s(?:href|src)="([^"#?]+)')
 OF_A_LAKE = re.compile(r"[a-z]+\.json")  # what a notebook's output links to lies in its lake
@@ -197,19 +196,26 @@ def write_pages() -> None:
         "nav": nav,
     }
     about["hooks"] = ["../docs/site.py"]
-    (PAGES / "extra.css").write_text(CSS)
-    shutil.copy(ROOT / "docs" / "offline.js", PAGES / "offline.js")
-    about["extra_css"] = ["extra.css"]
+    for name in ("site.css", "offline.js"):
+        shutil.copy(ROOT / "docs" / name, PAGES / name)
+    about["extra_css"] = ["site.css"]
     PAGES.with_suffix(".yml").write_text(yaml.safe_dump(about, sort_keys=False))
     print(f"{len(list(PAGES.rglob('*.*')))} files in {PAGES.relative_to(ROOT)}")
 
 
 def on_post_page(output: str, page: Any, **_: object) -> str:
-    """Of mkdocs: links from and to notebooks lead to pages, and nothing comes from elsewhere."""
+    """Of mkdocs: links from and to notebooks lead to pages, and nothing comes from elsewhere.
+
+    What scrolls can be reached by keyboard, and the search has a name.
+    """
     up = "../" * page.url.count("/")
     shim = r'<script src="https://[^"]*iframe-worker[^"]*"></script>'
     output = re.sub(shim, f'<script src="{up}offline.js"></script>', output)
     output = re.sub(r'<script src="https://[^"]*"></script>', "", output)
+    output = output.replace('role="dialog"', 'role="dialog" aria-label="Search"', 1)
+    output = output.replace(
+        '<div class="highlight-ipynb', '<div tabindex="0" class="highlight-ipynb'
+    )
     return re.sub(r'(href="(?!https?:)[^"#]+)\.(?:ipynb|md)\b', r"\1.html", output)
 
 

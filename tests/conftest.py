@@ -1,6 +1,7 @@
 """Fixtures: small lakes on a folder and on S3 (moto's server), and an environment of their own."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 import boto3
 import httpx
 import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Page, sync_playwright
 
 from hm_reco.core.lake import Lake, open_lake
 from hm_reco.core.sample import write_sample
@@ -24,6 +27,7 @@ for name in [name for name in os.environ if name.startswith(("HM_", "AWS_"))]:
 os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "AWS_EC2_METADATA_DISABLED": "true"}
 
 BUCKET = "hm-reco-test"
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 def free_port() -> int:
@@ -129,3 +133,30 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("needs the right to mount a tmpfs")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.fixture
+def page() -> Iterator[Page]:
+    """A page of a real browser, in which nothing may go wrong."""
+    if not CHROMIUM:
+        pytest.skip("no chromium on this machine")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page()
+        problems: list[str] = []
+        page.on("console", lambda message: problems.append(message.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        yield page
+        assert problems == []
+        browser.close()
+
+
+def faults(page: Page) -> list[str]:
+    """What axe-core calls serious or critical for people who see, hear or move otherwise."""
+    options = {"preload": False}  # else axe asks for stylesheets that a file may not ask for
+    found = Axe().run(page, options=options).response["violations"]
+    return [
+        f"{one['id']}: {one['nodes'][0]['html'][:200]}"
+        for one in found
+        if one["impact"] in ("serious", "critical")
+    ]

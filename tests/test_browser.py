@@ -7,16 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page
 
 from hm_reco.model.history import load_history
 from hm_reco.stages.inference import portraits
-from tests.conftest import free_port, wait_for
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium on this machine")
-
+from tests.conftest import faults, free_port, wait_for
 
 HM = str(Path(sys.executable).with_name("hm"))
 QUICK = ("evaluation_weeks=2", "training_weeks=2", "tower_examples=0", "rounds=30")
@@ -43,29 +38,6 @@ def url(root):
         wait_for(f"http://127.0.0.1:{port}/readyz")
         yield f"http://127.0.0.1:{port}/"
         it.terminate()
-
-
-@pytest.fixture
-def page():
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page()
-        problems: list[str] = []
-        page.on("console", lambda message: problems.append(message.text))
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        yield page
-        assert problems == []
-        browser.close()
-
-
-def faults(page: Page) -> list[str]:
-    """What axe-core calls serious or critical for people who see, hear or move otherwise."""
-    found = Axe().run(page).response["violations"]
-    return [
-        f"{one['id']}: {one['nodes'][0]['html'][:200]}"
-        for one in found
-        if one["impact"] in ("serious", "critical")
-    ]
 
 
 def articles(page: Page) -> list[str]:
