@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 import polars as pl
+import seaborn as sns
 from matplotlib.figure import Figure
 
 from ..core.metrics import bootstrap
@@ -214,10 +215,12 @@ def draw_sources(section: Section) -> Figure:
     order = curves.groupby("source")["recall"].max().sort_values(ascending=False).index
     figure = Figure(figsize=(7.2, 2.8))
     axes = figure.subplots()
-    for place, name in enumerate(order):
-        part, told = curves[curves["source"] == name], place < NAMED
-        look = {"color": COLOURS[place], "label": name} if told else {"color": "0.5", "alpha": 0.4}
-        axes.plot(part["rank"], 100 * part["recall"], ".-", **look)
+    told, faint = order[:NAMED], order[NAMED:]
+    shown = curves.assign(recall=100 * curves["recall"])
+    rest = shown[shown["source"].isin(faint)]
+    lines = {"x": "rank", "y": "recall", "hue": "source", "marker": ".", "ax": axes}
+    sns.lineplot(rest, **lines, palette=["0.6"] * len(faint), hue_order=faint, legend=False)
+    sns.lineplot(shown, **lines, palette=COLOURS[: len(told)], hue_order=told)
     axes.set(xlabel="k, first candidates of the source", ylabel="recall@k, %", ylim=(0, None))
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return figure
@@ -267,19 +270,15 @@ def _way(line: Sequence[dict[str, Any]]) -> str:
 # %% ../../nbs/model/15_report.ipynb #d3913e09
 def draw_importance(section: Section) -> Figure:
     """The features with the most gain, coloured by what they are about."""
-    rows = section.numbers["importance"][:12][::-1]
+    top = pd.DataFrame(section.numbers["importance"][:12])
+    top = top.assign(about=top["feature"].map(reason_of), gain=100 * top["gain"])
     themes = [row["about"] for row in section.numbers["themes"]]
-    colours = dict(zip(themes, COLOURS, strict=False))
     figure = Figure(figsize=(7.2, 3))
     axes = figure.subplots()
-    for place, row in enumerate(rows):
-        about = reason_of(row["feature"])
-        axes.barh(place, 100 * row["gain"], color=colours[about], label=about)
-    axes.set_yticks(range(len(rows)), [row["feature"] for row in rows])
-    axes.set(xlabel="% of the gain")
-    handles, labels = axes.get_legend_handles_labels()
-    once = dict(zip(labels, handles, strict=True))
-    axes.legend(once.values(), once.keys(), loc="lower right", frameon=False)
+    colours = dict(zip(themes, COLOURS, strict=False))
+    sns.barplot(top, x="gain", y="feature", hue="about", palette=colours, saturation=1, ax=axes)
+    axes.set(xlabel="% of the gain", ylabel="")
+    axes.legend(loc="lower right", frameon=False)
     return figure
 
 
@@ -289,8 +288,8 @@ def draw_dependence(section: Section) -> Figure:
     places = figure.subplots(2, 3, sharey=True)
     lines = pd.DataFrame(section.numbers["dependence"]).groupby("feature", sort=False)
     for (name, line), axes in zip(lines, places.flat, strict=False):
-        axes.plot(line["value"], line["score"], ".-", color=COLOURS[0])
-        axes.set(title=name)
+        sns.lineplot(line, x="value", y="score", marker=".", color=COLOURS[0], ax=axes)
+        axes.set(title=name, xlabel="")
     for axes in places[:, 0]:
         axes.set(ylabel="mean score")
     return figure
