@@ -16,6 +16,7 @@ from nbformat.v4 import new_markdown_cell
 REPORT_PART = re.compile(r"^## (Run|Report)\b")
 TRIAL = re.compile(r"(.+)-t\d+")  # the run of a sweep's trial, named after the sweep
 SCROLLED = re.compile(r'<(pre|div(?= class="output_html))')  # by keyboard, too
+HEADING = re.compile(r"<h([2-4])>([^<]+)</h\1>")
 INDEX_RUNS = 200  # runs that the index lists
 BANNER_TAG = "papermill-error-cell-tag"
 
@@ -127,6 +128,12 @@ def _outputs(cell: NotebookNode) -> list[NotebookNode]:
     return cell.get("outputs", [])
 
 
+def _with_id(heading: re.Match[str]) -> str:
+    """A heading that a link can lead to, as alerts name it: words joined by hyphens."""
+    level, text = heading.groups()
+    return f'<h{level} id="{text.replace(" ", "-")}">{text}</h{level}>'
+
+
 def notebook_page(notebook: NotebookNode, entry: Entry) -> str:
     """An executed stage notebook as one self-contained HTML page, code left out."""
     from nbconvert.exporters import HTMLExporter
@@ -142,6 +149,7 @@ def notebook_page(notebook: NotebookNode, entry: Entry) -> str:
     exporter.register_preprocessor(CoalesceStreamsPreprocessor, enabled=True)
     body, _ = exporter.from_notebook_node(_shown(notebook))
     body = SCROLLED.sub(r'<\1 tabindex="0"', body)
+    body = HEADING.sub(_with_id, body)
     title, purpose = _title(notebook)
     return _page("report.html.j2", title=title, purpose=purpose, body=body, entry=entry)
 

@@ -83,6 +83,9 @@ def test_reports_are_whole_and_for_everybody(root, page, width, scheme):
         page.goto(path.as_uri())
         assert page.evaluate("document.documentElement.scrollWidth") <= width, path
         assert faults(page) == [], path
+        inside = page.locator("a[href^='#']").evaluate_all("all => all.map(a => a.hash.slice(1))")
+        missing = [to for to in inside if page.locator(f"[id='{to}']").count() == 0]
+        assert not missing, path
     assert {address.split(":")[0] for address in asked} == {"file"}
 
 

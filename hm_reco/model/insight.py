@@ -136,10 +136,10 @@ def popularity_slice(result: Evaluation, methods: Sequence[str]) -> list[dict[st
     shelf = on_sale.select("day", "article", sales=band)
     lists = result.lists.filter(pl.col("method").is_in(list(methods)))
     each = lists.join(shelf, on=["day", "article"]).group_by("sales", "method")
-    rates = each.agg(rate=100 * pl.col("hit").mean(), hits=pl.col("hit").sum())
-    wide = rates.sort("sales").pivot("method", index="sales", values=["rate", "hits"])
-    names = {f"{kind}_{name}": f"{name}, {kind}" for name in methods for kind in ("rate", "hits")}
-    return wide.rename(names, strict=False).to_dicts()
+    rates = each.agg(
+        pl.col("hit").sum().alias("hits"), (100 * pl.col("hit").mean()).alias("of 100")
+    )
+    return rates.sort("sales", "method").to_dicts()
 
 # %% ../../nbs/model/12_insight.ipynb #d3ed2687
 def partial_dependence(

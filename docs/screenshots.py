@@ -1,0 +1,83 @@
+"""Draw the README's pictures of pages: SVG with the page in it, in the reader's light or dark.
+
+python docs/screenshots.py LAKE      of a lake in which all stages ran, into docs/images/
+"""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from playwright.sync_api import Page, sync_playwright
+
+IMAGES = Path(__file__).parent / "images"
+WIDTH, PORT = 1080, 8765
+TIDY = """() => document.querySelectorAll("script, details > :not(summary), title")
+  .forEach((element) => element.remove())"""
+CUT = """(low) => {
+  const below = (element) => element.getBoundingClientRect().top + scrollY > low;
+  [...document.body.querySelectorAll("*")].reverse().filter(below).forEach((e) => e.remove());
+  return new XMLSerializer().serializeToString(document.documentElement);
+}"""
+NARROW = re.compile(r"@media \(max-width[^{]*\{(?:[^{}]*\{[^{}]*\})*[^{}]*\}")
+
+
+def picture(page: Page, about: str, start: str, height: int) -> str:
+    """The part of a page that begins at the element `start`, as SVG."""
+    page.evaluate(TIDY)
+    box = page.locator(start).first.bounding_box()
+    top = max(int(box["y"]) - 30, 0) if box else 0
+    html = NARROW.sub("", re.sub(r"\s*\n\s*", "\n", page.evaluate(CUT, top + height)))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 {top} {WIDTH} {height}" '
+        f'width="{WIDTH}" role="img" aria-label="{about}">'
+        f'<foreignObject x="0" y="0" width="{WIDTH}" height="{top + height}">{html}</foreignObject>'
+        "</svg>\n"
+    )
+
+
+def wait(url: str) -> None:
+    """Return when something answers at `url`."""
+    for _ in range(300):
+        try:
+            urlopen(url).close()
+            return
+        except URLError:
+            time.sleep(0.2)
+    raise TimeoutError(url)
+
+
+def main(lake: str) -> None:
+    """All pictures."""
+    run = max(path for path in Path(lake, "reports").iterdir() if (path / "training.html").exists())
+    root, at = f"http://127.0.0.1:{PORT}", f"/reports/{run.name}"
+    shown = [
+        ("index", "/reports/", "h1", 640, "The index of a lake's reports"),
+        ("training", f"{at}/training.html", "#For-whom", 880, "A training's report: for whom"),
+        ("eda", f"{at}/eda.html", "#Articles", 860, "The report on the data: articles"),
+        ("service", "/?q=trousers", "h1", 560, "The service's page"),
+    ]
+    IMAGES.mkdir(exist_ok=True)
+    command = [str(Path(sys.executable).with_name("hm")), "serve", "--lake", lake]
+    with (
+        subprocess.Popen(command, env=os.environ | {"HM_PORT": str(PORT)}) as service,
+        sync_playwright() as playwright,
+    ):
+        try:
+            wait(f"{root}/readyz")
+            chromium = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+            browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+            for name, path, start, height, about in shown:
+                page = browser.new_page(viewport={"width": WIDTH, "height": 900})
+                page.goto(root + path)
+                (IMAGES / f"{name}.svg").write_text(picture(page, about, start, height))
+        finally:
+            service.terminate()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
