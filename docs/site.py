@@ -31,7 +31,7 @@ NAV: dict[str, str | dict[str, str]] = {
     "Guides": {
         "Running stages": "docs/running.md",
         "Data": "docs/data.md",
-        "The reports on the data": "docs/eda.md",
+        "Reports": "docs/reports.md",
         "Serving": "docs/serving.md",
     },
     "Why": {

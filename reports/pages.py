@@ -28,6 +28,7 @@ class Entry(Protocol):
     stage: str
     error: str
     started: datetime
+    inputs: dict[str, int]  # tables read and their versions
     metrics: dict[str, Any]
 
     @property

@@ -1,6 +1,7 @@
 """Writes the pages of `reports` into a lake."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from hm_reco.core.lake import Lake, put_file
@@ -28,6 +29,7 @@ def render_sweep(
 
 def render_index(lake: Lake) -> None:
     """Write `reports/index.html`."""
+    lake = replace(lake)  # an open lake sees what was vouched for when it was first asked
     shadow = lake.path("reports", "shadow.html").is_file()
     entries, models = read_ledger(lake), model_rows(lake)
     page = index_page(entries, load_pipeline(), lake.root, models, shadow)

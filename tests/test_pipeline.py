@@ -212,6 +212,8 @@ def test_report_says_where_it_is_and_opens_it(folder_lake, tmp_path, monkeypatch
     index = folder_lake.path("reports", "index.html")
     assert done.stdout.strip() == str(index)
     assert opened.read_text().strip() == index.as_uri()
+    page = index.read_text()  # as the run left it
+    assert champion(folder_lake) in page and '<td class="champion">' in page
 
 
 def test_one_stage_as_json(folder_lake):
