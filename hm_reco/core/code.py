@@ -12,15 +12,14 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from hashlib import sha256
-from importlib.util import resolve_name
-from inspect import getfile
+from importlib.util import find_spec, resolve_name
 from pathlib import Path
 from subprocess import run
 from typing import Any
 
-from .lake import Lake
-
-PACKAGE = Path(getfile(Lake)).parents[1]  # hm_reco, wherever it is installed
+_found = find_spec("hm_reco.core.settings")
+assert _found and _found.origin
+PACKAGE = Path(_found.origin).parents[1]  # hm_reco, wherever it is installed
 STAGES = "hm_reco.stages"  # lean on no other stage; demo lakes are for notebooks without a lake
 
 

@@ -1,0 +1,220 @@
+"""Tell the GitOps repository which image serves: python -m deploy.gitops set --help.
+
+Works on a fresh clone, commits, and pushes; when somebody else has pushed in between, it begins
+again on top of that. The token comes from GITOPS_REPO_TOKEN and never becomes part of a command
+line, a remote's address or a message.
+"""
+
+import argparse
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from base64 import b64encode
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+ATTEMPTS = 6
+AUTHOR = ("hm-reco delivery", "delivery@users.noreply.github.com")
+Change = Callable[[Path], None]
+
+
+class GitOpsError(RuntimeError):
+    """The repository could not be told."""
+
+
+def set_image(kustomization: Path, name: str, image: str, digest: str, tag: str = "") -> None:
+    """Make a kustomization use `image@digest` where its base says `name`; all else stays.
+
+    `tag` is kept as a comment, for people. Raises `GitOpsError`.
+    """
+    if not DIGEST.fullmatch(digest):
+        raise GitOpsError(f"digest {digest!r}: expected sha256: and 64 hexadecimal digits")
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    try:
+        content = yaml.load(kustomization.read_text(encoding="utf-8"))
+    except FileNotFoundError as err:
+        raise GitOpsError(f"no file {kustomization.name} at {kustomization.parent}") from err
+    except YAMLError as err:
+        raise GitOpsError(f"{kustomization.name} is no YAML: {err}") from err
+    if not isinstance(content, dict):
+        raise GitOpsError(f"{kustomization.name}: expected a kustomization, found no mapping")
+    images = content.setdefault("images", [])
+    entry = next((one for one in images if one.get("name") == name), None)
+    if entry is None:
+        entry = type(content)() if content else {}
+        entry["name"] = name
+        images.append(entry)
+    entry.pop("newTag", None)
+    entry["newName"], entry["digest"] = image, digest
+    if tag:
+        entry.yaml_add_eol_comment(tag, "digest")
+    with kustomization.open("w", encoding="utf-8") as file:
+        yaml.dump(content, file)
+
+
+def _environment() -> dict[str, str]:
+    """Git's environment: the token as a header for https, never in an argument."""
+    environment = os.environ | {"GIT_TERMINAL_PROMPT": "0"}
+    if token := environment.pop("GITOPS_REPO_TOKEN", ""):
+        basic = b64encode(f"x-access-token:{token}".encode()).decode()
+        environment |= {
+            "GIT_CONFIG_COUNT": "1",
+            "GIT_CONFIG_KEY_0": "http.extraHeader",
+            "GIT_CONFIG_VALUE_0": f"Authorization: Basic {basic}",
+        }
+    return environment
+
+
+def git(folder: Path, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Call git in a clone. Raises `GitOpsError` with what it said."""
+    named = ["-c", f"user.name={AUTHOR[0]}", "-c", f"user.email={AUTHOR[1]}"]
+    done = subprocess.run(
+        ["git", "-C", str(folder), *named, *words],
+        env=_environment(),
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    if check and done.returncode:
+        raise GitOpsError(f"git {words[0]}: {done.stderr.strip()[-500:]}")
+    return done
+
+
+def publish(
+    repository: str, branch: str, change: Change, message: str, onto: str = "", pause: float = 1.0
+) -> str:
+    """Commit a change on top of `branch` and push it there, or as the branch `onto`.
+
+    Returns the commit; empty when there was nothing to change. Pushed to in between, it begins
+    again: the change is made anew on what is there now. Raises `GitOpsError`.
+    """
+    with TemporaryDirectory(prefix="gitops-") as folder:
+        clone = Path(folder)
+        git(clone, "clone", "--quiet", "--depth", "1", "--branch", branch, repository, ".")
+        for attempt in range(ATTEMPTS):
+            change(clone)
+            git(clone, "add", "--all")
+            if not git(clone, "status", "--porcelain").stdout:
+                return ""
+            git(clone, "commit", "--quiet", "--message", message)
+            if push(clone, onto or branch, force=bool(onto)):
+                return git(clone, "rev-parse", "HEAD").stdout.strip()
+            time.sleep(pause * (attempt + random.random()))
+            git(clone, "fetch", "--quiet", "--depth", "1", "origin", branch)
+            git(clone, "reset", "--quiet", "--hard", "FETCH_HEAD")
+        raise GitOpsError(f"{branch}: others pushed {ATTEMPTS} times in between; try again later")
+
+
+def push(clone: Path, branch: str, force: bool = False) -> bool:
+    """Push; False when somebody else was there first. Raises `GitOpsError` for anything else."""
+    words = ["push", "--quiet", *(["--force"] if force else []), "origin", f"HEAD:{branch}"]
+    done = git(clone, *words, check=False)
+    if done.returncode == 0:
+        return True
+    if re.search(r"non-fast-forward|fetch first|failed to update ref|cannot lock ref", done.stderr):
+        return False
+    raise GitOpsError(f"git push: {done.stderr.strip()[-500:]}")
+
+
+def message_of(component: str, tag: str, note: str = "") -> str:
+    """What the commit says: what serves from now on, and how good it was judged to be."""
+    first = f"deploy({component}): {tag}"
+    return f"{first}\n\n{note}" if note else first
+
+
+def preview(overlay: Path, template: Path, number: int) -> None:
+    """An overlay of a pull request's own, from the staging one: other names, one replica.
+
+    Raises `GitOpsError` when there is no overlay to begin from.
+    """
+    if not (template / "kustomization.yaml").is_file():
+        raise GitOpsError(f"no overlay {template.name} to make a preview from")
+    yaml = YAML()
+    content: dict[str, Any] = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "nameSuffix": f"-pr-{number}",
+        "resources": [f"../{template.name}"],
+    }
+    overlay.mkdir(parents=True, exist_ok=True)
+    if not (overlay / "kustomization.yaml").exists():
+        with (overlay / "kustomization.yaml").open("w", encoding="utf-8") as file:
+            yaml.dump(content, file)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m deploy.gitops", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, about in (("set", "an overlay's image"), ("remove", "a preview's overlay")):
+        command = commands.add_parser(name, help=about)
+        command.add_argument("--repository", required=True, help="address of the GitOps repository")
+        command.add_argument("--branch", default="main")
+        command.add_argument("--app", required=True, help="folder with overlays/ in it")
+        command.add_argument("--overlay", required=True, help="production, staging or pr-NUMBER")
+        command.add_argument("--component", default="inference")
+    setting = commands.choices["set"]
+    setting.add_argument("--image", required=True, help="registry/repository, without a tag")
+    setting.add_argument("--name", default="ml-fashion-recommender/inference", help="in the base")
+    setting.add_argument("--digest", required=True)
+    setting.add_argument("--tag", required=True, help="for people; the digest decides")
+    setting.add_argument("--note", default="", help="second paragraph of the message: metrics")
+    setting.add_argument("--onto", default="", help="push as this branch, for a pull request")
+    return parser
+
+
+def _change(given: argparse.Namespace) -> tuple[Change, str]:
+    """What to do in a clone, and the message."""
+
+    def set_it(clone: Path) -> None:
+        overlays = clone / given.app / "overlays"
+        if number := re.fullmatch(r"pr-(\d+)", given.overlay):
+            preview(overlays / given.overlay, overlays / "staging", int(number[1]))
+        file = overlays / given.overlay / "kustomization.yaml"
+        set_image(file, given.name, given.image, given.digest, given.tag)
+
+    def remove_it(clone: Path) -> None:
+        git(
+            clone,
+            "rm",
+            "-r",
+            "--quiet",
+            "--ignore-unmatch",
+            f"{given.app}/overlays/{given.overlay}",
+        )
+
+    if given.command == "remove":
+        return remove_it, message_of(given.component, f"remove preview {given.overlay}")
+    return set_it, message_of(given.component, given.tag, given.note)
+
+
+def main(words: list[str] | None = None) -> int:
+    """Do it, and print the commit."""
+    given = _parser().parse_args(words)
+    if given.command == "remove" and not re.fullmatch(r"pr-\d+", given.overlay):
+        print(f"error: overlay {given.overlay!r}: only previews are removed", file=sys.stderr)
+        return 1
+    change, message = _change(given)
+    try:
+        commit = publish(
+            given.repository, given.branch, change, message, vars(given).get("onto", "")
+        )
+    except GitOpsError as err:
+        print(f"error: {err}", file=sys.stderr)
+        return 1
+    print(commit or "nothing to do: the repository says so already")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

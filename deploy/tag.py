@@ -1,0 +1,63 @@
+"""The tags of an image, from what was pushed: python -m deploy.tag --ref refs/heads/main --sha SHA.
+
+Tags that name a commit never move; those that do (`--moving`) are for registries that allow it.
+"""
+
+import argparse
+import re
+import sys
+
+SHA = re.compile(r"[0-9a-f]{40}")
+LONGEST = 128  # of a tag, by the OCI distribution specification
+SHORT = 7
+
+
+def branch_part(branch: str) -> str:
+    """A branch's name as part of a tag: no character that a tag may not have.
+
+    Raises `ValueError` for a name in which nothing is left.
+    """
+    safe = re.sub(r"[^A-Za-z0-9_.]+", "-", branch).strip("-.")
+    if not safe:
+        raise ValueError(f"branch {branch!r}: nothing in it can be part of an image tag")
+    return safe[: LONGEST - len("-") - 40].rstrip("-.")
+
+
+def tags(ref: str, sha: str, pull_request: int | None = None, moving: bool = False) -> list[str]:
+    """All tags, the one with the full commit first. Raises `ValueError`."""
+    if not SHA.fullmatch(sha):
+        raise ValueError(f"commit {sha!r}: expected 40 hexadecimal digits")
+    if pull_request is None and not ref.startswith("refs/heads/"):
+        raise ValueError(
+            f"ref {ref!r}: expected refs/heads/BRANCH, or the number of a pull request"
+        )
+    if pull_request is not None:
+        name = f"pr-{pull_request}"
+    else:
+        name = branch_part(ref.removeprefix("refs/heads/"))
+    found = [f"{name}-{sha}", f"{name}-{sha[:SHORT]}"]
+    if moving and pull_request is not None:
+        found.append(name)
+    elif moving and name in ("main", "develop"):
+        found.append(f"{name}-latest")
+    return found
+
+
+def main(words: list[str] | None = None) -> int:
+    """Print the tags, one a line."""
+    parser = argparse.ArgumentParser(prog="python -m deploy.tag", description=__doc__)
+    parser.add_argument("--ref", required=True, help="as GITHUB_REF has it: refs/heads/main")
+    parser.add_argument("--sha", required=True, help="the commit, 40 hexadecimal digits")
+    parser.add_argument("--pull-request", type=int, help="its number")
+    parser.add_argument("--moving", action="store_true", help="also main-latest, pr-12")
+    given = parser.parse_args(words)
+    try:
+        print(*tags(given.ref, given.sha, given.pull_request, given.moving), sep="\n")
+    except ValueError as err:
+        print(f"error: {err}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
