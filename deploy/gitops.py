@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import YAMLError
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
@@ -47,13 +48,12 @@ def set_image(kustomization: Path, name: str, image: str, digest: str, tag: str 
         raise GitOpsError(f"no file {kustomization.name} at {kustomization.parent}") from err
     except YAMLError as err:
         raise GitOpsError(f"{kustomization.name} is no YAML: {err}") from err
-    if not isinstance(content, dict):
+    if not isinstance(content, CommentedMap):
         raise GitOpsError(f"{kustomization.name}: expected a kustomization, found no mapping")
     images = content.setdefault("images", [])
     entry = next((one for one in images if one.get("name") == name), None)
     if entry is None:
-        entry = type(content)() if content else {}
-        entry["name"] = name
+        entry = CommentedMap({"name": name})
         images.append(entry)
     entry.pop("newTag", None)
     entry["newName"], entry["digest"] = image, digest

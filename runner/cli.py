@@ -90,6 +90,7 @@ def run(
     params: FileOption = None,
     force: ForceOption = False,
     jobs: JobsOption = 2,
+    upstream: Annotated[bool, typer.Option("--upstream", help="And all stages before.")] = False,
     wait: WaitOption = None,
     verbose: VerboseOption = False,
     as_json: JsonOption = False,
@@ -98,9 +99,14 @@ def run(
     from hm_reco.core.ledger import new_run_id
     from runner.board import Board
     from runner.execute import StageError
+    from runner.graph import choose, load_pipeline
+    from runner.graph import upstream as before
 
     with told(StageError):
         run_id, target = new_run_id(), open_lake(lake)
+        if upstream and stages:
+            chosen = [stage.name for stage in choose(load_pipeline(), stages)]
+            stages = before(load_pipeline(), chosen)
         todo = _jobs(stages or [], data, parameter or [], params, run_id)
         entries = _run(target, todo, Board(console, verbose, as_json), jobs, force, wait)
     if as_json:

