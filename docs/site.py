@@ -27,6 +27,7 @@ NAV: dict[str, str | dict[str, str]] = {
         "Promote, take back": "docs/how-to/promoting.md",
         "Serve": "docs/how-to/serving.md",
         "Add a stage": "docs/how-to/new-stage.md",
+        "Workflows": "docs/workflows/README.md",
     },
     "Guides": {
         "Running stages": "docs/running.md",

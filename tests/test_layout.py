@@ -22,7 +22,7 @@ ROOMS = {
     },
     "runner": {"hm_reco.core", "runner", "reports"},
     "reports": {"reports"},
-    "deploy": {"hm_reco.core.code", "deploy"},
+    "deploy": {"hm_reco.core", "hm_reco.service", "deploy"},
 }
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("[0-9]*.ipynb"))
 READ_ONLY = ("nbs", "explore")  # folders whose notebooks are not exported

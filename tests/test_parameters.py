@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from runner.cli import app
-from runner.graph import PipelineError, choose, load_pipeline, read_yaml
+from runner.graph import PipelineError, choose, load_pipeline, read_yaml, upstream
 from runner.parameters import (
     ParameterError,
     model_of,
@@ -192,3 +192,9 @@ def test_params_prints_a_table():
     assert "judged" in weeks["meaning"]
     assert "learning_rate" in hm.invoke(app, ["params", "training"]).output
     assert "HM_TEST_ARTICLE" not in os.environ
+
+
+def test_upstream_is_all_that_a_stage_comes_after():
+    stages = load_pipeline()
+    assert upstream(stages, ["training"]) == ["ingestion", "processing", "training"]
+    assert upstream(stages, ["eda", "ingestion"]) == ["ingestion", "processing", "eda"]
