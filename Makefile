@@ -118,6 +118,7 @@ format: .installed  ## bring notebooks, library and code into shape
 	$(BIN)/ruff check --fix
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
+	$(BIN)/hm config --write
 
 lock: .installed .installed-lab .installed-peers .installed-docs  ## write requirements.lock from what is installed
 	@{ for bin in $(BIN) $(LAB) $(PEERS) $(DOCS); do $$bin/pip freeze --exclude-editable; done; } \

@@ -27,10 +27,10 @@ from hm_reco.core.registry import (
     read_scores,
     seen_at_once,
 )
+from hm_reco.core.settings import ServiceSettings
 from hm_reco.model.bundle import load_bundle, save_bundle
 from hm_reco.model.recommend import answer, answer_table
 from hm_reco.service.app import create_app
-from hm_reco.service.guard import ServiceSettings
 from hm_reco.service.switch import load, wanted
 from hm_reco.stages.ingestion import ingest
 from hm_reco.stages.processing import process

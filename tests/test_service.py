@@ -34,13 +34,14 @@ from hm_reco.core.registry import (
     read_scores,
     rollback,
 )
+from hm_reco.core.settings import ServiceSettings
 from hm_reco.core.sources import Source
 from hm_reco.model.bundle import load_bundle, save_bundle
 from hm_reco.model.history import load_history
 from hm_reco.model.recommend import predict_all, with_ids, with_lists
 from hm_reco.service.app import create_app
 from hm_reco.service.contract import EXAMPLE, PredictResponse, SimilarResponse
-from hm_reco.service.guard import MAX_BODY, ServiceSettings
+from hm_reco.service.guard import MAX_BODY
 from hm_reco.service.shadow import SHADOW, challenger
 from hm_reco.stages.demo import demo_lake
 from hm_reco.stages.inference import portraits

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['console', 'errors', 'LakeOption', 'JsonOption', 'WaitOption', 'app', 'lake_app', 'VersionArgument', 'ForceOption',
-           'show', 'told', 'list_tables', 'vacuum_tables', 'recommend', 'submission', 'check', 'sample', 'models',
-           'promote', 'rollback', 'show_alerts', 'show_results']
+           'show', 'told', 'list_tables', 'vacuum_tables', 'recommend', 'submission', 'check', 'sample', 'config',
+           'models', 'promote', 'rollback', 'show_alerts', 'show_results']
 
 # %% ../../nbs/core/16_commands.ipynb #fecd58a6
 import json
@@ -156,6 +156,36 @@ def sample(
     with told(), console.status(f"inventing {customers:,} customers"):
         rows = write_sample(out, customers, seed)
     show(str(out), [{"table": name, "rows": count} for name, count in rows.items()], as_json)
+
+# %% ../../nbs/core/16_commands.ipynb #505d3cad
+@app.command()
+def config(
+    write: Annotated[
+        bool, typer.Option("--write", help="Bring the files made from the settings up to date.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show each setting, its value and where that comes from; secrets are masked."""
+    from hm_reco.core.settings import (
+        aws_schema,
+        explain_settings,
+        find_settings_file,
+        settings_page,
+    )
+
+    with told():
+        if not write:
+            rows = list(explain_settings())
+            short = [{name: row[name] for name in ("setting", "value", "from")} for row in rows]
+            return show("Settings", rows if as_json else short, as_json)
+        home = find_settings_file()
+        if not home:
+            raise LookupError("no settings.ini here or above: the files belong beside it")
+        folder = home.parent / "config"
+        folder.mkdir(exist_ok=True)
+        for name, content in (("aws.schema.json", aws_schema()), ("README.md", settings_page())):
+            (folder / name).write_text(content, encoding="utf-8")
+        return console.print(f"written: {folder}/aws.schema.json, README.md", soft_wrap=True)
 
 # %% ../../nbs/core/16_commands.ipynb #d679fd1c
 @app.command()

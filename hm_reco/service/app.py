@@ -24,6 +24,7 @@ from pydantic_core import to_json
 from starlette.types import Scope
 
 from ..core.lake import Lake, open_lake
+from ..core.settings import ServiceSettings
 from ..model.candidates import THREADS
 from .answers import respond, similar
 from .catalogue import FilterError
@@ -41,7 +42,7 @@ from hm_reco.service.contract import (
     SimilarResponse,
 )
 from .feedback import Feedback, FullError
-from .guard import Guard, ServiceSettings, add_problems, does_not_fit
+from .guard import Guard, add_problems, does_not_fit
 from .metrics import Metrics
 from .page import page
 from .shadow import Shadow

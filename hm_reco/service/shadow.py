@@ -22,10 +22,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from ..core.lake import Lake, has_table, put_file, scan
 from ..core.registry import NoModelError, model_states, read_models
+from ..core.settings import ServiceSettings
 from .answers import respond
 from .contract import PredictRequest
 from .feedback import EVENTS, written
-from .guard import ServiceSettings
 from .metrics import BUCKETS
 from .switch import Key, Loaded, Switch, with_state
 from reports.pages import shadow_page

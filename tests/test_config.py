@@ -1,0 +1,140 @@
+"""Where settings come from, what is said of wrong ones, and that no secret is ever told."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+from typer.testing import CliRunner
+
+from hm_reco.core.lake import open_lake
+from hm_reco.core.settings import (
+    Settings,
+    aws_schema,
+    explain_settings,
+    origin_of,
+    settings_page,
+)
+from runner.cli import app
+
+ROOT = Path(__file__).parents[1]
+INI = "[DEFAULT]\nlake = from-ini\nport = 8081\n[dev]\n[prod]\nport = 8082\n"
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with settings.ini, in which we work."""
+    (tmp_path / "settings.ini").write_text(INI)
+    (tmp_path / "config").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_each_layer_is_stronger_than_the_one_below(home, monkeypatch):
+    assert (Settings().port, origin_of("port")) == (8081, "settings.ini [dev]")
+    monkeypatch.setenv("HM_ENV", "prod")
+    assert (Settings().port, origin_of("port")) == (8082, "settings.ini [prod]")
+    monkeypatch.setenv("HM_PORT", "8083")
+    assert (Settings().port, origin_of("port")) == (8083, "environment HM_PORT")
+    (home / "secrets").mkdir()
+    (home / "secrets" / "hm_port").write_text("8084")
+    monkeypatch.setenv("HM_SECRETS_DIR", str(home / "secrets"))
+    assert (Settings().port, origin_of("port")) == (8084, "secret hm_port")
+    assert origin_of("queue") == "default"
+
+
+def test_a_bucket_names_the_lake_by_its_layer(home, monkeypatch):
+    (home / "config/aws.json").write_text('{"s3_data_lake_bucket": "shop"}')
+    assert (Settings().lake, origin_of("lake")) == ("s3://shop", "config/aws.json")
+    monkeypatch.setenv("S3_DATA_LAKE_BUCKET", "other")
+    monkeypatch.setenv("S3_DATA_LAKE_PREFIX", "/reco/")
+    assert Settings().lake == "s3://other/reco"
+    assert origin_of("lake") == "environment S3_DATA_LAKE_BUCKET"
+    monkeypatch.setenv("HM_LAKE", "here")
+    assert (Settings().lake, origin_of("lake")) == ("here", "environment HM_LAKE")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "no JSON, line 1"),
+        ('{"aws_regoin": "eu-north-1"}', "aws_regoin: Extra inputs are not permitted"),
+        ('{"aws_region": 7}', "aws_region: Input should be a valid string"),
+        ("[]", "all: "),
+    ],
+)
+def test_a_wrong_aws_file_is_named_without_its_values(home, content, message):
+    (home / "config/aws.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        Settings()
+    (home / "config/aws.json").write_text('{"aws_secret_access_key": ["canary-1"]}')
+    with pytest.raises(ValueError, match="aws_secret_access_key") as caught:
+        Settings()
+    assert "canary-1" not in str(caught.value)
+
+
+def test_the_schema_holds_what_the_model_holds():
+    schema = json.loads(aws_schema())
+    jsonschema.validate({"aws_region": "eu-north-1", "s3_data_lake_bucket": "shop"}, schema)
+    for wrong in ({"aws_regoin": "x"}, {"aws_region": 7}, {"lake": "x"}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(wrong, schema)
+
+
+def test_the_files_made_from_the_settings_are_up_to_date():
+    assert (ROOT / "config/aws.schema.json").read_text() == aws_schema(), "make format"
+    assert (ROOT / "config/README.md").read_text() == settings_page(), "make format"
+
+
+def test_hm_config_shows_origins_and_masks_secrets(home, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-2")
+    monkeypatch.setenv("HM_API_KEYS", "ab" * 32)
+    rows = {row["setting"]: row for row in explain_settings()}
+    assert rows["aws_secret_access_key"]["value"] == rows["api_keys"]["value"] == "********"
+    assert rows["aws_access_key_id"]["value"] == ""
+    for more in ([], ["--json"]):
+        done = CliRunner().invoke(app, ["config", *more])
+        assert done.exit_code == 0 and "********" in done.output
+        assert "canary-2" not in done.output and "abab" not in done.output
+
+
+CANARIES = {
+    "AWS_SECRET_ACCESS_KEY": "canary-env-5b1c",
+    "AWS_SESSION_TOKEN": "canary-env-77d0",
+    "GITOPS_REPO_TOKEN": "canary-env-e2a9",
+    "CRM_PASSWORD": "canary-env-90ff",
+}
+
+
+def test_no_secret_is_told_by_a_run(s3, small_data, tmp_path):
+    """Canaries in the environment and in mounted secrets; all outputs of a run are searched."""
+    secrets = tmp_path / "secrets"
+    secrets.mkdir()
+    (secrets / "hm_api_keys").write_text("canary-file-31aa")
+    root = f"{s3}/canaries"
+    environment = os.environ | CANARIES | {"HM_SECRETS_DIR": str(secrets), "HM_LOG_LEVEL": "DEBUG"}
+    hm = str(Path(sys.executable).with_name("hm"))
+    told = ""
+    for words in (
+        ["run", "ingestion", "processing", "--data", str(small_data), "-v"],
+        ["run", "training", "-p", "evaluation_weeks=99"],  # which fails
+        ["runs", "--json"],
+        ["config"],
+        ["recommend", "nobody"],
+    ):
+        done = subprocess.run(
+            [hm, *words, "--lake", root] if words != ["config"] else [hm, *words],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        told += done.stdout + done.stderr
+    lake = open_lake(root)
+    files = [path for path in lake.path().rglob("*") if path.is_file()]
+    assert len(files) > 20 and "evaluation_weeks" in told
+    found = [str(path) for path in files if b"canary-" in path.read_bytes()]
+    assert not found and "canary-" not in told.replace(root, "")
