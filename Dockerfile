@@ -14,7 +14,7 @@ WORKDIR /src
 RUN python3 -m venv /opt/venv
 COPY requirements.lock ./
 RUN pip install --no-cache-dir --disable-pip-version-check --retries 1 \
-      --extra-index-url https://download.pytorch.org/whl/cpu -c requirements.lock torch \
+      --find-links https://download.pytorch.org/whl/cpu/torch/ -c requirements.lock torch \
  && python -c "import torch; assert torch.version.cuda is None, 'a CUDA build of torch'"
 COPY pyproject.toml README.md LICENSE settings.ini ./
 COPY hm_reco hm_reco

@@ -34,6 +34,7 @@ NAV: dict[str, str | dict[str, str]] = {
         "Data": "docs/data.md",
         "Reports": "docs/reports.md",
         "Serving": "docs/serving.md",
+        "Configuration": "config/README.md",
     },
     "Why": {
         "Notebooks first": "docs/explanation/notebooks.md",
@@ -69,7 +70,8 @@ def for_readers(notebook: dict[str, Any]) -> dict[str, Any]:
 
 def copy_guides() -> None:
     """README, guides and notebooks, and what the guides link to."""
-    guides = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    named = ("README.md", "CONTRIBUTING.md", "config/README.md")
+    guides = [*(ROOT / name for name in named), *(ROOT / "docs").rglob("*.md")]
     linked = {
         (guide.parent / to).resolve() for guide in guides for to in LINK.findall(guide.read_text())
     }

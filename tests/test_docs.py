@@ -62,6 +62,8 @@ def test_the_site_is_whole_without_a_network_and_found_in(page, width, scheme):
         assert faults(page) == [], name
     if width > 1000:
         page.goto((SITE / "index.html").as_uri())
+        page.locator("input[name=query]").focus()
+        page.get_by_text("Type to start searching").wait_for(state="attached")  # it is ready
         page.locator("input[name=query]").fill("promote champion")
         page.locator(".md-search-result__link", has_text="Promote a model").first.wait_for()
     assert {address.split(":")[0] for address in asked} <= {"file", "data", "blob"}
