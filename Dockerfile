@@ -13,8 +13,9 @@ FROM base AS build
 WORKDIR /src
 RUN python3 -m venv /opt/venv
 COPY requirements.lock ./
-RUN pip install --no-cache-dir --disable-pip-version-check --retries 1 \
-      --find-links https://download.pytorch.org/whl/cpu/torch/ -c requirements.lock torch \
+# an index named in a requirements file comes beside those of pip's configuration, not in their place
+RUN printf '%s\n' '--extra-index-url https://download.pytorch.org/whl/cpu' torch > torch.txt \
+ && pip install --no-cache-dir --disable-pip-version-check --retries 1 -c requirements.lock -r torch.txt \
  && python -c "import torch; assert torch.version.cuda is None, 'a CUDA build of torch'"
 COPY pyproject.toml README.md LICENSE settings.ini ./
 COPY hm_reco hm_reco
