@@ -4,8 +4,7 @@
 #   lab    JupyterLab on the notebooks
 # Non-root, made for a read-only root file system with a writable /tmp (--read-only --tmpfs /tmp).
 FROM docker.io/library/python:3.11-slim AS base
-ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
-    HM_HOST=0.0.0.0 HM_PORT=8080 HM_ENV=prod HOME=/tmp MPLCONFIGDIR=/tmp/matplotlib
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
 RUN useradd --uid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin hm
 
 # Locked versions into /opt/venv. torch comes first, as the CPU build: PyPI's for Linux brings CUDA.
@@ -44,7 +43,8 @@ LABEL org.opencontainers.image.title="hm-reco" \
       org.opencontainers.image.licenses="MIT" \
       org.opencontainers.image.revision="$GIT_SHA" \
       org.opencontainers.image.version="$VERSION"
-ENV GIT_SHA=$GIT_SHA
+ENV GIT_SHA=$GIT_SHA HOME=/tmp MPLCONFIGDIR=/tmp/matplotlib PYTHONDONTWRITEBYTECODE=1 \
+    HM_ENV=prod HM_HOST=0.0.0.0 HM_PORT=8080
 # hadolint ignore=DL3008
 RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends libgomp1 \
  && rm -rf /var/lib/apt/lists/*
