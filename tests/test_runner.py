@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from hm_reco.core.lake import Lake, open_lake, read_vouched
-from hm_reco.core.ledger import Entry, enter, read_ledger
+from hm_reco.core.ledger import Entry, enter, git_commit, read_ledger
 from runner.again import code_of
 from runner.board import Board
 from runner.cache import decide, key_of
@@ -258,3 +258,11 @@ def test_a_repetition_takes_the_recorded_commit_where_the_checkout_differs(capsy
     said = capsys.readouterr().out
     assert f"repeating with commit {head}; it had uncommitted changes" in said
     assert f"no commit {'0' * 40} here; repeating with the present code" in said
+
+
+def test_the_commit_is_known_from_the_image_and_unknown_without_git(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("GIT_SHA", raising=False)
+    assert git_commit(tmp_path) == "unknown"
+    monkeypatch.setenv("GIT_SHA", "0123abc")
+    assert git_commit(tmp_path) == "0123abc"

@@ -101,7 +101,10 @@ def git_commit(root: Path) -> str:
     if sha := os.environ.get("GIT_SHA"):
         return sha
     command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*"]
-    done = subprocess.run([*command, "--dirty=+changes"], capture_output=True, check=False)
+    try:
+        done = subprocess.run([*command, "--dirty=+changes"], capture_output=True, check=False)
+    except FileNotFoundError:  # no git here
+        return "unknown"
     return done.stdout.decode().strip() or "unknown"
 
 # %% ../../nbs/core/08_ledger.ipynb #1ead15e3
