@@ -28,9 +28,10 @@ COPY nbs/stages nbs/stages
 COPY deploy/warm.py ./
 # hadolint ignore=DL3008
 RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends libgomp1 \
- && python warm.py \
- && rm -rf /opt/venv/lib/python3*/site-packages/torch/include \
-      /opt/venv/lib/python3*/site-packages/torch/test /opt/venv/lib/python3*/site-packages/torch/bin \
+ && python warm.py
+# trimmed in a layer of its own: what is copied from here is what is left
+RUN rm -rf /opt/venv/lib/python3*/site-packages/torch/include \
+      /opt/venv/lib/python3*/site-packages/torch/test \
  && pip uninstall --quiet --yes pip setuptools
 
 FROM build AS workbench
@@ -50,6 +51,7 @@ RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends libgomp
  && rm -rf /var/lib/apt/lists/*
 WORKDIR /app
 COPY settings.ini requirements.lock ./
+COPY deploy/entrypoint.sh /usr/local/bin/entrypoint
 
 FROM runtime AS lab
 COPY --from=workbench /opt/venv /opt/venv
@@ -63,7 +65,7 @@ FROM runtime AS stage
 COPY --from=whole /opt/venv /opt/venv
 COPY nbs/stages nbs/stages
 USER 10001
-ENTRYPOINT ["hm"]
+ENTRYPOINT ["entrypoint"]
 CMD ["--help"]
 
 FROM runtime AS api
@@ -72,5 +74,5 @@ USER 10001
 EXPOSE 8080
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s \
   CMD ["python", "-c", "import os, urllib.request as r; r.urlopen('http://127.0.0.1:' + os.environ['HM_PORT'] + '/healthz', timeout=2)"]
-ENTRYPOINT ["hm"]
+ENTRYPOINT ["entrypoint"]
 CMD ["serve"]
