@@ -26,6 +26,7 @@ NAV: dict[str, str | dict[str, str]] = {
         "Tune the model": "docs/how-to/tuning.md",
         "Promote, take back": "docs/how-to/promoting.md",
         "Serve": "docs/how-to/serving.md",
+        "Deploy as containers": "docs/how-to/deploying.md",
         "Add a stage": "docs/how-to/new-stage.md",
         "Workflows": "docs/workflows/README.md",
     },
