@@ -50,13 +50,14 @@ def test_a_room_leans_only_on_those_below_it(room):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_opens_with_title_purpose_and_export(path):
+def test_a_notebook_opens_with_title_purpose_and_export_and_leads_on(path):
     cells = nbformat.read(path, as_version=4).cells
     assert cells[0].source.startswith("# ") and "\n> " in cells[0].source
     exported = path.parent.name not in READ_ONLY
     assert cells[1].source.startswith("#| default_exp ") == exported
     text = path.read_text()
     assert str(ROOT) not in text and "/tmp/" not in text
+    assert path.stem == "00_start" or "ry next" in text or "to try" in text
     outputs = [o for c in cells for o in c.get("outputs", [])]
     assert outputs and not any(o.output_type == "error" for o in outputs)
 
