@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("nbs", "hm_reco", "runner", "reports", "tests", "docs", "pyproject.toml", "settings.ini")
+PARTS = (
+    *("nbs", "hm_reco", "runner", "reports", "deploy", "config", "tests", "docs"),
+    *("pyproject.toml", "settings.ini"),
+)
 BIN = Path(sys.executable).parent
 
 
