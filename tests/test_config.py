@@ -91,6 +91,7 @@ def test_the_files_made_from_the_settings_are_up_to_date():
 
 def test_hm_config_shows_origins_and_masks_secrets(home, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-2")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)  # of a bucket that other tests use
     monkeypatch.setenv("HM_API_KEYS", "ab" * 32)
     rows = {row["setting"]: row for row in explain_settings()}
     assert rows["aws_secret_access_key"]["value"] == rows["api_keys"]["value"] == "********"
