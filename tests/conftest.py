@@ -22,7 +22,7 @@ from hm_reco.stages.demo import demo_lake
 from tests.faults import finish, start
 
 # a developer's own settings must not reach the tests
-for name in [name for name in os.environ if name.startswith(("HM_", "AWS_"))]:
+for name in [name for name in os.environ if name.startswith(("HM_", "AWS_", "S3_"))]:
     del os.environ[name]
 os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "AWS_EC2_METADATA_DISABLED": "true"}
 
