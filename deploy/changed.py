@@ -18,6 +18,7 @@ from hm_reco.core.code import code_key
 ROOT = Path(__file__).parents[1]
 NO_BASE = "0" * 40  # what GitHub names as the base of a new branch
 IN_NO_IMAGE = ("docs/", "tests/", "bench/", "nbs/explore/", ".github/", "deploy/", "config/")
+IN_IMAGES = ("deploy/entrypoint.sh", "deploy/warm.py")
 NOT_BUILT = re.compile(
     r"nbs/00_start\.ipynb|hm_reco/_modidx\.py|[A-Z]+\.md|LICENSE|mkdocs\.yml|\.(?!dockerignore).*"
 )
@@ -56,7 +57,8 @@ def touched(changed: Iterable[str], root: Path = ROOT) -> list[str]:
     }
     found: set[str] = set()
     for path in changed:
-        if path.startswith(IN_NO_IMAGE) or NOT_BUILT.fullmatch(path):
+        unbuilt = path.startswith(IN_NO_IMAGE) and path not in IN_IMAGES
+        if unbuilt or NOT_BUILT.fullmatch(path):
             continue
         module = _module_of(path, root)
         if module is None or module.startswith(GROUND):

@@ -59,6 +59,14 @@ def test_what_names_no_image_is_refused(words, capsys):
     assert "expected" in capsys.readouterr().err
 
 
+def test_what_the_image_copies_is_known_to_the_detection():
+    lines = Path("Dockerfile").read_text().splitlines()
+    copied = [line.split()[1:-1] for line in lines if line.startswith("COPY ") and "--" not in line]
+    for name in (name for names in copied for name in names if Path(name).is_file()):
+        if not name.endswith(("README.md", "LICENSE")):
+            assert touched([name]) == ALL, name
+
+
 def test_components_are_the_stages():
     assert list(components()) == ALL
 
@@ -75,6 +83,9 @@ def test_components_are_the_stages():
         ("runner/cli.py", ALL),
         ("requirements.lock", ALL),
         ("Dockerfile", ALL),
+        ("deploy/entrypoint.sh", ALL),
+        ("deploy/warm.py", ALL),
+        ("deploy/tag.py", []),
         ("nobody/knows.it", ALL),
         ("nbs/eda/99_removed.ipynb", ALL),
         ("docs/tutorial.md", []),
