@@ -105,7 +105,7 @@ LOOK = {
     "axes.facecolor": "none",
 }
 
-
+# %% ../../nbs/core/18_section.ipynb #2938b694
 def few_dates(axes: Axes) -> None:
     """Dates on a narrow axis."""
     axes.xaxis.set_major_locator(AutoDateLocator(minticks=2, maxticks=6))
@@ -140,7 +140,7 @@ def drawn(figure: Figure, about: str, rows: Sequence[dict[str, Any]]) -> HTML:
     below = f"<details><summary>{escape(about)}: the numbers</summary>{numbers}</details>"
     return HTML(f'<figure><div class="scroll" tabindex="0">{drawing}</div>{below}</figure>')
 
-
+# %% ../../nbs/core/18_section.ipynb #05b8eba5
 def table(rows: Sequence[dict[str, Any]], caption: str = "", **formats: str) -> HTML:
     """A table for the page; `formats` by column: `percent`, `integer` or `number`."""
     from great_tables import GT

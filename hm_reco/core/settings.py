@@ -160,7 +160,7 @@ def _from_files() -> dict[str, dict[str, Any]]:
         f"{path.name} [{environment}]": named,
     }
 
-
+# %% ../../nbs/core/00_settings.ipynb #dc398e57
 class _WithLake(PydanticBaseSettingsSource):
     """A layer that names a bucket, but no lake, names the lake in it."""
 

@@ -154,7 +154,7 @@ def worst(
         for row in lost.head(count).to_dicts()
     ]
 
-
+# %% ../../nbs/model/16_cases.ipynb #07ead3c3
 def _at(frame: pl.DataFrame, row: dict[str, Any]) -> pl.DataFrame:
     return frame.filter(pl.col("day") == row["day"], pl.col("customer") == row["customer"])
 
@@ -167,7 +167,7 @@ def _list_of(result: Evaluation, row: dict[str, Any]) -> pl.DataFrame:
     mine = _at(result.lists, row).filter(pl.col("method") == RANKER, pl.col("rank") <= 12)
     return mine.sort("rank")
 
-
+# %% ../../nbs/model/16_cases.ipynb #ec623593
 def _names(history: History, articles: pl.Series) -> str:
     return ", ".join(_named(history, articles))
 

@@ -143,7 +143,7 @@ def groups(result: Evaluation, verdict: Verdict) -> Section:
     about: dict[str, Any] = {"alerts": alerts, "numbers": plain(numbers | {"beside": beside})}
     return Section(name="groups", title="For whom", says=says, **about)
 
-
+# %% ../../nbs/model/15_report.ipynb #2e17b8ca
 _ENDS = {1: "low", -1: "high"}  # the end of an interval that says that all of it is above, or below
 
 
@@ -256,7 +256,7 @@ def workings(result: Evaluation, tuned: Tuned | None = None) -> Section:
     }
     return Section(name="workings", title="By what it goes", says=says, numbers=plain(numbers))
 
-
+# %% ../../nbs/model/15_report.ipynb #0f6acb4a
 def _line(result: Evaluation, name: str) -> list[dict[str, Any]]:
     """How the mean score moves with a feature."""
     line = partial_dependence(result.booster, result.sample, name)
