@@ -250,12 +250,13 @@ def test_scores_are_json_numbers(client):
     assert isinstance(json.loads(text)["recommendations"][0]["articles"][0]["score"], float)
 
 
-def test_reports_are_offered_and_nothing_else(trained_lake: Lake):
-    put_file(trained_lake.path("reports", "index.html"), "<p>all runs")
-    put_file(trained_lake.path("reports", "r1", "eda.html"), "<p>a report")
-    put_file(trained_lake.path("runs", "r1", "eda.ipynb"), "{}")
-    put_file(trained_lake.path("runs", "r1", "secret.txt"), "no")
-    with TestClient(create_app(trained_lake)) as client:
+def test_reports_are_offered_and_nothing_else(tmp_path: Path):
+    lake = open_lake(tmp_path)  # one of its own: other tests look at the reports of theirs
+    put_file(lake.path("reports", "index.html"), "<p>all runs")
+    put_file(lake.path("reports", "r1", "eda.html"), "<p>a report")
+    put_file(lake.path("runs", "r1", "eda.ipynb"), "{}")
+    put_file(lake.path("runs", "r1", "secret.txt"), "no")
+    with TestClient(create_app(lake)) as client:
         for path in ("/reports/", "/reports", "/reports/index.html"):
             assert client.get(path).text == "<p>all runs"
         page = client.get("/reports/r1/eda.html")
