@@ -28,7 +28,8 @@ from hm_reco.core.lake import Lake, open_lake
 from hm_reco.core.metrics import average_precision
 from hm_reco.core.registry import RANKER, paired
 from hm_reco.core.sample import write_sample
-from hm_reco.model.evaluation import Evaluation, Plan, best_sellers, evaluate, filled, means
+from hm_reco.model.baselines import best_sellers, filled
+from hm_reco.model.evaluation import Evaluation, Plan, evaluate, means
 from hm_reco.model.history import History, as_of, load_history, week_of
 from hm_reco.model.known import learn
 from hm_reco.model.ranker import RankerSettings

@@ -76,7 +76,7 @@ def test_components_are_the_stages():
     [
         ("nbs/core/01_lake.ipynb", ALL),
         ("hm_reco/core/commands.py", ALL),
-        ("nbs/model/06_forest.ipynb", ["training", "inference"]),
+        ("nbs/model/08_forest.ipynb", ["training", "inference"]),
         ("hm_reco/eda/drift.py", ["eda"]),
         ("nbs/service/03_switch.ipynb", ["inference"]),
         ("nbs/stages/10_ingestion.ipynb", ["ingestion"]),

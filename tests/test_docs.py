@@ -56,7 +56,7 @@ def test_the_site_is_whole_without_a_network_and_found_in(page, width, scheme):
     page.on("request", lambda request: asked.append(request.url))
     page.emulate_media(color_scheme=scheme)
     page.set_viewport_size({"width": width, "height": 800})
-    for name in ("index.html", "docs/tutorial.html", "nbs/model/16_cases.html"):
+    for name in ("index.html", "docs/tutorial.html", "nbs/model/20_cases.html"):
         page.goto((SITE / name).as_uri())
         assert page.evaluate("document.documentElement.scrollWidth") <= width, name
         assert faults(page) == [], name

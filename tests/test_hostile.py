@@ -20,6 +20,7 @@ from hm_reco.model.forest import check_trees, open_forest, scores
 from hm_reco.model.history import sample_history
 from hm_reco.model.ranker import RankerSettings, train
 from hm_reco.model.recommend import answer, open_recommender, predict_all, with_lists
+from hm_reco.model.space import Space, read_network
 from hm_reco.model.state import (
     ARRAYS,
     LAYOUT,
@@ -131,6 +132,25 @@ def test_a_tower_larger_than_its_weights(made):
     assert larger != data
     with pytest.raises(ValueError, match="weights of other sizes"):
         from_bytes(larger)
+    with pytest.raises(ValueError, match=r"no tower: gap\.weight is \(12, 16\), not \(12, 64\)"):
+        read_network(larger)
+
+
+def test_a_tower_changed_by_lot_is_refused_or_a_tower(made):
+    history = sample_history(200)
+    data = to_bytes(Tower(learn_vocabulary(history.articles), TowerSettings(width=16)))
+    draw, refused = random.Random(0), 0
+    for _ in range(300):
+        bad = bytearray(data)
+        for _ in range(3):
+            bad[draw.randrange(8 + int.from_bytes(data[:8], "little"))] = draw.randrange(32, 127)
+        try:
+            assert read_network(bytes(bad)).out.shape == (32, 16)
+        except ValueError:
+            refused += 1
+    assert refused > 100
+    with pytest.raises(ValueError, match="the tower is 16 wide"):
+        Space(np.zeros((5, 64), np.int8), read_network(data))
 
 
 def state_with(made, name: str, value: np.ndarray) -> None:

@@ -14,10 +14,7 @@ from hm_reco.model.bundle import (
     MANIFEST,
     Bundle,
     BundleError,
-    Origin,
-    bundles_of,
     load_bundle,
-    publish,
     save_bundle,
 )
 from hm_reco.model.evaluation import RANKER, Plan, evaluate, judge
@@ -30,6 +27,7 @@ from hm_reco.model.history import (
     parse_day,
     sample_history,
 )
+from hm_reco.model.publish import Origin, bundles_of, publish
 from hm_reco.model.ranker import RankerSettings, score, train
 from hm_reco.model.recommend import predict_all
 from hm_reco.service.app import create_app

@@ -8,7 +8,7 @@ import pytest
 
 from hm_reco.core.metrics import average_precision
 from hm_reco.core.sample import customer_file, customer_ids, make_world, write_sample
-from hm_reco.model.evaluation import BASELINES
+from hm_reco.model.baselines import BASELINES
 from hm_reco.model.features import open_week
 from hm_reco.model.history import sample_history
 

@@ -8,7 +8,8 @@ import polars as pl
 import pytest
 
 from hm_reco.model.arrays import gather, open_shop, own_purchases
-from hm_reco.model.evaluation import BASELINES, Plan, evaluate
+from hm_reco.model.baselines import BASELINES
+from hm_reco.model.evaluation import Plan, evaluate
 from hm_reco.model.features import candidates_for, open_week
 from hm_reco.model.history import as_of, make_history, sample_history
 from hm_reco.model.known import learn

@@ -15,8 +15,7 @@ import numpy as np
 
 from ..model.arrays import People, Table
 from ..model.candidates import SOURCES
-from ..model.features import Matrix, candidates_for
-from ..model.insight import reason_of
+from ..model.features import Matrix, candidates_for, reason_of
 from ..model.known import ONLINE
 from hm_reco.model.recommend import (
     Answer,

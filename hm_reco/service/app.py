@@ -25,7 +25,7 @@ from starlette.types import Scope
 
 from ..core.lake import Lake, open_lake
 from ..core.settings import ServiceSettings
-from ..model.candidates import THREADS
+from ..model.compiled import THREADS
 from .answers import respond, similar
 from .catalogue import FilterError
 from hm_reco.service.contract import (

@@ -16,10 +16,10 @@ from statistics import median
 
 from ..core.lake import Lake, MissingTableError
 from ..core.registry import Model, NoModelError, champion, read_models
-from ..model.bundle import load_bundle
+from ..model.bundle import Bundle, load_bundle
 from ..model.history import load_history
 from ..model.recommend import Recommender, answer, open_recommender
-from ..model.state import load_state, states_of
+from ..model.state import StateError, load_state, states_of
 from .answers import Served
 from .catalogue import open_catalogue, restocked
 from .contract import ModelCard
@@ -62,10 +62,20 @@ def load(lake: Lake, key: Key) -> Loaded:
         recommender = load_state(lake, bundle, state)
     else:
         log.warning("no state of %s: computing it; the stage inference leaves one", version)
-        recommender = open_recommender(load_history(lake), bundle)
+        recommender = _computed(lake, bundle)
     check_speed(recommender)
     model = next(m for m in read_models(lake) if m.version == version)
     return Loaded(recommender, open_catalogue(lake, recommender), key, model)
+
+
+def _computed(lake: Lake, bundle: Bundle) -> Recommender:
+    try:
+        return open_recommender(load_history(lake), bundle)
+    except ModuleNotFoundError as err:
+        raise StateError(
+            f"no state of {bundle.version!r}, and to compute it here needs {err.name}: run the "
+            "stage inference, which leaves one, or install hm-reco[stages]"
+        ) from err
 
 
 class SlowError(RuntimeError):

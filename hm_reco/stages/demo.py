@@ -13,9 +13,9 @@ from typing import Literal
 
 from ..core.lake import Lake, open_lake, table_version
 from ..core.sample import write_sample
-from ..model.bundle import Origin
 from ..model.evaluation import Plan
 from ..model.history import HISTORY_TABLES, load_history
+from ..model.publish import Origin
 from ..model.ranker import RankerSettings
 from .ingestion import ingest
 from .processing import process

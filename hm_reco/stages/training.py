@@ -18,12 +18,13 @@ from ..core.code import modules_key, short_hash
 from ..core.lake import Lake, append, put_file
 from ..core.registry import RANKER
 from ..core.section import Report
-from ..model.bundle import Bundle, Origin, bundles_of
-from ..model.bundle import publish as publish_models
+from ..model.bundle import Bundle
 from ..model.cases import calibration, misses, stories
 from ..model.evaluation import Evaluation, Plan, Verdict, evaluate, fitted, judge
 from ..model.features import Matrix
 from ..model.history import History
+from ..model.publish import Origin, bundles_of
+from ..model.publish import publish as publish_models
 from ..model.ranker import RankerSettings
 from ..model.report import groups, ladder, sources, workings
 from ..model.tower import Tower, TowerSettings, from_bytes, learn_vocabulary, to_bytes
