@@ -7,45 +7,50 @@ FROM docker.io/library/python:3.11-slim AS base
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
 RUN useradd --uid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin hm
 
-# Locked versions into /opt/venv. torch comes first, as the CPU build: PyPI's for Linux brings CUDA.
-FROM base AS build
+# What answering needs, in locked versions, without debug symbols and the libraries' own tests.
+FROM base AS answering
 WORKDIR /src
-RUN python3 -m venv /opt/venv
-COPY requirements.lock ./
-# an index named in a requirements file comes beside those of pip's configuration, not in their place
-RUN printf '%s\n' '--extra-index-url https://download.pytorch.org/whl/cpu' torch > torch.txt \
- && pip install --no-cache-dir --disable-pip-version-check --retries 1 -c requirements.lock -r torch.txt \
- && python -c "import torch; assert torch.version.cuda is None, 'a CUDA build of torch'"
-COPY pyproject.toml README.md LICENSE settings.ini ./
+# hadolint ignore=DL3008
+RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends binutils libgomp1 \
+ && python3 -m venv /opt/venv
+COPY requirements.lock pyproject.toml README.md LICENSE settings.ini ./
 COPY hm_reco hm_reco
 COPY runner runner
 COPY reports reports
-RUN pip install --no-cache-dir --disable-pip-version-check -c requirements.lock .
+RUN pip install --no-cache-dir --disable-pip-version-check -c requirements.lock . \
+ && find /opt/venv/lib -name '*.so' ! -path '*.libs/*' -exec strip --strip-unneeded {} + \
+ && find /opt/venv/lib -type d -name tests -prune -exec rm -rf {} +
 
-# What numba compiles stays beside the library; nothing that only builds does.
-FROM build AS whole
+# What running stages needs besides. torch comes first, as the CPU build: PyPI's for Linux brings CUDA.
+FROM answering AS running
+# an index named in a requirements file comes beside those of pip's configuration, not in their place
+RUN printf '%s\n' '--extra-index-url https://download.pytorch.org/whl/cpu' torch > torch.txt \
+ && pip install --no-cache-dir --disable-pip-version-check --retries 1 -c requirements.lock -r torch.txt \
+ && python -c "import torch; assert torch.version.cuda is None, 'a CUDA build of torch'" \
+ && python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['stages'], sep='\n')" > stages.txt \
+ && pip install --no-cache-dir --disable-pip-version-check -c requirements.lock -r stages.txt \
+ && rm -rf /opt/venv/lib/python3*/site-packages/torch/include \
+      /opt/venv/lib/python3*/site-packages/torch/test
+
+# All stages and some questions once: what numba compiles on the way stays beside the library, and
+# an image in which something is missing is not built.
+FROM running AS whole
 COPY nbs/stages nbs/stages
 COPY deploy/warm.py ./
-# hadolint ignore=DL3008
-RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends libgomp1 \
- && python warm.py
-# trimmed in a layer of its own: what is copied from here is what is left
-RUN rm -rf /opt/venv/lib/python3*/site-packages/torch/include \
-      /opt/venv/lib/python3*/site-packages/torch/test \
- && pip uninstall --quiet --yes pip setuptools
+RUN python warm.py
 
-FROM build AS workbench
-RUN pip install --no-cache-dir --disable-pip-version-check -c requirements.lock '.[lab]'
+FROM running AS workbench
+RUN pip install --no-cache-dir --disable-pip-version-check -c requirements.lock jupyterlab nbdime
 
 FROM base AS runtime
 ARG GIT_SHA=unknown
-ARG VERSION=0.1.0
+ARG VERSION=unknown
 LABEL org.opencontainers.image.title="hm-reco" \
       org.opencontainers.image.licenses="MIT" \
       org.opencontainers.image.revision="$GIT_SHA" \
       org.opencontainers.image.version="$VERSION"
-ENV GIT_SHA=$GIT_SHA HOME=/tmp MPLCONFIGDIR=/tmp/matplotlib PYTHONDONTWRITEBYTECODE=1 \
-    HM_ENV=prod HM_HOST=0.0.0.0 HM_PORT=8080
+ENV GIT_SHA=$GIT_SHA HM_VERSION=$VERSION HOME=/tmp MPLCONFIGDIR=/tmp/matplotlib \
+    PYTHONDONTWRITEBYTECODE=1 HM_ENV=prod HM_HOST=0.0.0.0 HM_PORT=8080
 # hadolint ignore=DL3008
 RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends libgomp1 \
  && rm -rf /var/lib/apt/lists/*
@@ -69,7 +74,8 @@ ENTRYPOINT ["entrypoint"]
 CMD ["--help"]
 
 FROM runtime AS api
-COPY --from=whole /opt/venv /opt/venv
+COPY --from=answering /opt/venv /opt/venv
+COPY --from=whole /opt/venv/lib/python3.11/site-packages/hm_reco/__pycache__ /opt/venv/lib/python3.11/site-packages/hm_reco/__pycache__
 USER 10001
 EXPOSE 8080
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s \

@@ -7,11 +7,12 @@ from datetime import datetime
 from functools import cache
 from hashlib import sha256
 from importlib.resources import files
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
-from nbformat import NotebookNode
-from nbformat.v4 import new_markdown_cell
+
+if TYPE_CHECKING:  # the service draws pages, too, and has no notebooks
+    from nbformat import NotebookNode
 
 REPORT_PART = re.compile(r"^## (Run|Report)\b")
 TRIAL = re.compile(r"(.+)-t\d+")  # the run of a sweep's trial, named after the sweep
@@ -88,11 +89,13 @@ def _leaves(metrics: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, ", ".join(map(_number, metrics)) if isinstance(metrics, list) else metrics
 
 
-def add_banner(notebook: NotebookNode, entry: Entry) -> None:
+def add_banner(notebook: "NotebookNode", entry: Entry) -> None:
     """Say on top of a saved notebook that its stage did not succeed, and why.
 
     Its cells do not tell: after a kill, the last one looks as if it had ended.
     """
+    from nbformat.v4 import new_markdown_cell
+
     tags = [cell.metadata.get("tags", []) for cell in notebook.cells[:1]]
     if tags and BANNER_TAG in tags[0]:
         del notebook.cells[0]  # papermill's, which knows nothing of the process
@@ -103,7 +106,7 @@ def add_banner(notebook: NotebookNode, entry: Entry) -> None:
     notebook.cells.insert(0, banner)
 
 
-def _title(notebook: NotebookNode) -> tuple[str, str]:
+def _title(notebook: "NotebookNode") -> tuple[str, str]:
     """The H1 and the one-line purpose of a notebook's first cell that has one."""
     heads = [cell.source for cell in notebook.cells if cell.source.startswith("# ")]
     lines = [line for line in (heads[0] if heads else "").splitlines() if line.strip()]
@@ -112,7 +115,7 @@ def _title(notebook: NotebookNode) -> tuple[str, str]:
     return title, purpose.replace("`", "")
 
 
-def _shown(notebook: NotebookNode) -> NotebookNode:
+def _shown(notebook: "NotebookNode") -> "NotebookNode":
     """The part of a stage notebook that a report's reader wants: from `## Run` or `## Report`.
 
     What comes before defines functions. A notebook that fails before has its error shown.
@@ -122,10 +125,10 @@ def _shown(notebook: NotebookNode) -> NotebookNode:
     first = starts[0] + 1 if starts else 1
     failed = [c for c in cells[:first] if any(o.output_type == "error" for o in _outputs(c))]
     kept = [c for c in cells[first:] if c.cell_type != "code" or _outputs(c)]
-    return NotebookNode({**notebook, "cells": failed + kept})
+    return type(notebook)({**notebook, "cells": failed + kept})
 
 
-def _outputs(cell: NotebookNode) -> list[NotebookNode]:
+def _outputs(cell: "NotebookNode") -> "list[NotebookNode]":
     return cell.get("outputs", [])
 
 
@@ -135,7 +138,7 @@ def _with_id(heading: re.Match[str]) -> str:
     return f'<h{level} id="{text.replace(" ", "-")}">{text}</h{level}>'
 
 
-def notebook_page(notebook: NotebookNode, entry: Entry) -> str:
+def notebook_page(notebook: "NotebookNode", entry: Entry) -> str:
     """An executed stage notebook as one self-contained HTML page, code left out."""
     from nbconvert.exporters import HTMLExporter
     from nbconvert.preprocessors import CoalesceStreamsPreprocessor

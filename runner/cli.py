@@ -27,11 +27,25 @@ def _changed(result: object, **_: object) -> None:
 
 app = typer.Typer(
     result_callback=_changed,
-    help="Raw fashion purchases become served recommendations.",
+    invoke_without_command=True,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Version and commit.")] = False,
+) -> None:
+    """Raw fashion purchases become served recommendations."""
+    if version:
+        from hm_reco.core.ledger import git_commit, release
+        from runner.graph import project_root
+
+        console.print(f"hm-reco {release(project_root())} ({git_commit(project_root())})")
+        raise typer.Exit
+
 
 StagesArgument = Annotated[list[str] | None, typer.Argument(help="Stages; default: all.")]
 DataOption = Annotated[
@@ -406,5 +420,16 @@ def serve(
 
 app.add_typer(commands.app)
 
+
+def main() -> None:
+    """The command `hm`."""
+    try:
+        app()
+    except ModuleNotFoundError as err:
+        if err.name is None or err.name.partition(".")[0] in ("hm_reco", "runner", "reports"):
+            raise
+        sys.exit(f"error {err.name} is not installed; stages need: pip install 'hm-reco[stages]'")
+
+
 if __name__ == "__main__":
-    sys.exit(app())
+    main()
