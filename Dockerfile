@@ -7,28 +7,32 @@ FROM docker.io/library/python:3.11-slim AS base
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
 RUN useradd --uid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin hm
 
-# What answering needs, in locked versions, without debug symbols and the libraries' own tests.
+# What answering needs, in locked versions; without debug symbols, the libraries' own tests, and
+# what botocore knows of services other than storage and who one is.
 FROM base AS answering
 WORKDIR /src
 # hadolint ignore=DL3008
 RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends binutils libgomp1 \
- && python3 -m venv /opt/venv
+ && python3 -m venv --without-pip /opt/venv
+ENV PIP_PYTHON=/opt/venv/bin/python PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 COPY requirements.lock pyproject.toml README.md LICENSE settings.ini ./
 COPY hm_reco hm_reco
 COPY runner runner
 COPY reports reports
-RUN pip install --no-cache-dir --disable-pip-version-check -c requirements.lock . \
+RUN pip install -c requirements.lock . \
  && find /opt/venv/lib -name '*.so' ! -path '*.libs/*' -exec strip --strip-unneeded {} + \
- && find /opt/venv/lib -type d -name tests -prune -exec rm -rf {} +
+ && find /opt/venv/lib -type d -name tests -prune -exec rm -rf {} + \
+ && find /opt/venv/lib/python3*/site-packages/botocore/data -mindepth 1 -maxdepth 1 -type d \
+      ! -name 's3*' ! -name 'sts' ! -name 'sso*' -exec rm -rf {} +
 
 # What running stages needs besides. torch comes first, as the CPU build: PyPI's for Linux brings CUDA.
 FROM answering AS running
 # an index named in a requirements file comes beside those of pip's configuration, not in their place
 RUN printf '%s\n' '--extra-index-url https://download.pytorch.org/whl/cpu' torch > torch.txt \
- && pip install --no-cache-dir --disable-pip-version-check --retries 1 -c requirements.lock -r torch.txt \
+ && pip install --retries 1 -c requirements.lock -r torch.txt \
  && python -c "import torch; assert torch.version.cuda is None, 'a CUDA build of torch'" \
  && python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['stages'], sep='\n')" > stages.txt \
- && pip install --no-cache-dir --disable-pip-version-check -c requirements.lock -r stages.txt \
+ && pip install -c requirements.lock -r stages.txt \
  && rm -rf /opt/venv/lib/python3*/site-packages/torch/include \
       /opt/venv/lib/python3*/site-packages/torch/test
 
@@ -40,7 +44,7 @@ COPY deploy/warm.py ./
 RUN python warm.py
 
 FROM running AS workbench
-RUN pip install --no-cache-dir --disable-pip-version-check -c requirements.lock jupyterlab nbdime
+RUN pip install -c requirements.lock jupyterlab nbdime
 
 FROM base AS runtime
 ARG GIT_SHA=unknown
@@ -53,7 +57,7 @@ ENV GIT_SHA=$GIT_SHA HM_VERSION=$VERSION HOME=/tmp MPLCONFIGDIR=/tmp/matplotlib 
     PYTHONDONTWRITEBYTECODE=1 HM_ENV=prod HM_HOST=0.0.0.0 HM_PORT=8080
 # hadolint ignore=DL3008
 RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends libgomp1 \
- && rm -rf /var/lib/apt/lists/*
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt/*
 WORKDIR /app
 COPY settings.ini requirements.lock ./
 COPY deploy/entrypoint.sh /usr/local/bin/entrypoint

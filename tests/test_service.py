@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -630,3 +631,23 @@ def test_the_page_shows_history_recommendations_and_a_session(client, loyal):
 def test_the_page_without_a_model(lake):
     with TestClient(create_app(lake)) as client:
         assert "hm run" in client.get("/").text
+
+
+def test_answering_needs_nothing_that_only_stages_need(trained_lake):
+    extras = tomllib.loads(Path("pyproject.toml").read_text())["project"]["optional-dependencies"]
+    stages = [re.split("[>=]", name)[0].replace("-", "_") for name in extras["stages"]]
+    assert {"torch", "papermill", "pandas"} <= {*stages}
+    code = f"""
+import sys
+sys.modules |= dict.fromkeys({stages})  # as if they were not installed
+from fastapi.testclient import TestClient
+from hm_reco.core.lake import open_lake
+from hm_reco.service.app import create_app
+from runner.cli import app
+with TestClient(create_app(open_lake({trained_lake.root!r}))) as client:
+    body = {{"customer_ids": ["a"], "explain": True}}
+    print(client.post("/predict", json=body).json()["recommendations"][0]["articles"][0])
+    print(client.get("/?q=trousers").status_code, client.get("/reports/").status_code)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "'reasons'" in done.stdout and "200" in done.stdout

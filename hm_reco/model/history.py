@@ -13,15 +13,7 @@ from datetime import date, timedelta
 
 import polars as pl
 
-from ..core.contracts import CLUB, NEWS, read_as
 from ..core.lake import Lake, scan
-from hm_reco.core.sample import (
-    article_file,
-    customer_file,
-    customer_ids,
-    make_world,
-    transaction_slices,
-)
 
 # %% ../../nbs/model/00_history.ipynb #eaa81949
 @dataclass(frozen=True)
@@ -128,6 +120,8 @@ def _codes(allowed: Sequence[str]) -> dict[str, int]:
 
 def map_customers(raw: pl.DataFrame, given: pl.DataFrame | None = None) -> pl.DataFrame:
     """Customers with their number: `customer`, `customer_id`, `age`, `active`, `news`, `club`."""
+    from hm_reco.core.contracts import CLUB, NEWS  # brings dataframely, which answering needs not
+
     coded = raw.select(
         "customer_id",
         age=pl.col("age").cast(pl.Float32),
@@ -177,6 +171,15 @@ PURCHASE_COLUMNS = ["customer", "article", "day", "channel", "price", "units"]
 # %% ../../nbs/model/00_history.ipynb #93c05b24
 def sample_history(customers: int = 2_000, seed: int = 0) -> History:
     """The history of an invented shop, see `hm_reco.core.sample`."""
+    from hm_reco.core.contracts import read_as
+    from hm_reco.core.sample import (
+        article_file,
+        customer_file,
+        customer_ids,
+        make_world,
+        transaction_slices,
+    )
+
     world, ids = make_world(customers, seed), customer_ids(customers, seed)
     articles = map_articles(read_as("articles", article_file(world.catalogue)))
     who = map_customers(read_as("customers", customer_file(world.ages, ids, seed)))
