@@ -129,6 +129,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'hm_reco.core.ledger.as_rows': ('core/ledger.html#as_rows', 'hm_reco/core/ledger.py'),
                                      'hm_reco.core.ledger.enter': ('core/ledger.html#enter', 'hm_reco/core/ledger.py'),
                                      'hm_reco.core.ledger.git_commit': ('core/ledger.html#git_commit', 'hm_reco/core/ledger.py'),
+                                     'hm_reco.core.ledger.named_run': ('core/ledger.html#named_run', 'hm_reco/core/ledger.py'),
                                      'hm_reco.core.ledger.new_run_id': ('core/ledger.html#new_run_id', 'hm_reco/core/ledger.py'),
                                      'hm_reco.core.ledger.read_ledger': ('core/ledger.html#read_ledger', 'hm_reco/core/ledger.py'),
                                      'hm_reco.core.ledger.release': ('core/ledger.html#release', 'hm_reco/core/ledger.py')},

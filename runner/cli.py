@@ -105,19 +105,22 @@ def run(
     force: ForceOption = False,
     jobs: JobsOption = 2,
     upstream: Annotated[bool, typer.Option("--upstream", help="And all stages before.")] = False,
+    run_id: Annotated[
+        str, typer.Option("--run-id", help="Name of the run; one that exists goes on.")
+    ] = "",
     wait: WaitOption = None,
     verbose: VerboseOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run the stages' notebooks into a lake; what has not changed is not run again."""
-    from hm_reco.core.ledger import new_run_id
+    from hm_reco.core.ledger import named_run, new_run_id
     from runner.board import Board
     from runner.execute import StageError
     from runner.graph import choose, load_pipeline
     from runner.graph import upstream as before
 
     with told(StageError):
-        run_id, target = new_run_id(), open_lake(lake)
+        run_id, target = named_run(run_id) if run_id else new_run_id(), open_lake(lake)
         if upstream and stages:
             chosen = [stage.name for stage in choose(load_pipeline(), stages)]
             stages = before(load_pipeline(), chosen)
@@ -416,6 +419,33 @@ def serve(
         access_log=False,  # the service logs its answers itself
         server_header=False,
     )
+
+
+deploy_app = typer.Typer(help="Write what a cluster needs to run the pipeline.")
+app.add_typer(deploy_app, name="deploy")
+
+
+@deploy_app.callback()
+def deploy() -> None:
+    """Write what a cluster needs to run the pipeline."""
+
+
+@deploy_app.command()
+def argo(
+    schedule: Annotated[str, typer.Option(help="When, as cron says it, in UTC.")] = "0 3 * * *",
+    write: Annotated[
+        bool, typer.Option("--write", help="Into the checkout's deploy/, not to the screen.")
+    ] = False,
+) -> None:
+    """The graph of stages as a WorkflowTemplate and a CronWorkflow of Argo."""
+    from runner.argo import workflows, write_workflows
+    from runner.graph import load_pipeline
+
+    with told():
+        stages = load_pipeline()
+        if write:
+            return console.print(f"written: {write_workflows(stages, schedule)}", soft_wrap=True)
+        return print(workflows(stages, schedule), end="")
 
 
 app.add_typer(commands.app)

@@ -126,7 +126,9 @@ class Execution:
                 self._reuse(job, decision.reuse)
                 continue
             if job.run_id not in self.noted:
-                write_json(self.lake.path("runs", job.run_id, "run.json"), self._note(job))
+                note = self.lake.path("runs", job.run_id, "run.json")
+                if not note.exists():  # else the run goes on, and its tables before are noted
+                    write_json(note, self._note(job))
                 self.noted.add(job.run_id)
             watch = Watch(job.stage.name, job.run_id)
             self.running[pool.submit(self._attempts, job, decision.key, watch)] = (job, watch)
@@ -189,7 +191,7 @@ class Execution:
         if reused := [e for e in self.ended if e.state == "reused"]:
             enter(self.lake, *reused)
         for run_id in {entry.run_id for entry in self.ended}:
-            self._page(run_id)
+            render_run(self.lake, run_id)
         render_index(self.lake)
 
     def _page(self, run_id: str) -> None:

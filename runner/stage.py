@@ -77,8 +77,8 @@ def run_stage(lake: Lake, job: Job, key: dict[str, Any], watch: Watch, board: Bo
     entry = Entry(job.run_id, job.stage.name, given, git_commit(job.root), key=key)
     entry.origins, entry.attempt = job.parameters.origins, watch.attempt
     enter(lake, entry)
-    if watch.attempt > 1:  # a manifest of an earlier attempt says nothing about this one
-        lake.path("runs", entry.run_id, f"{entry.stage}.json").unlink(missing_ok=True)
+    # a manifest of an earlier attempt says nothing about this one
+    lake.path("runs", entry.run_id, f"{entry.stage}.json").unlink(missing_ok=True)
     with TemporaryDirectory(prefix=f"{TEMPORARY}{os.getpid()}-") as folder:
         output = Path(folder) / f"{entry.stage}.ipynb"
         with watching(watch, job.stage.timeout):

@@ -1,0 +1,138 @@
+"""The pipeline for Argo Workflows: a template made from the graph of stages, and its schedule.
+
+One container a stage. Stages hand on tables through the lake, by versions that manifests vouch for,
+so nothing is passed between containers; executed notebooks and reports lie in the lake, too. The
+parameters of all stages are the workflow's, seen and changed in its form.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from runner.graph import Stage, project_root
+from runner.parameters import resolve
+
+NAME = "hm-reco-pipeline"
+IMAGES = "ml-fashion-recommender"  # overlays put a registry and digests in its place
+API = "argoproj.io/v1alpha1"
+MANIFEST = Path("deploy/pipeline/base/workflow.yaml")
+OWN = ("lake", "run_id")  # parameters that the workflow sets itself
+KILLED = "lastRetry.status == 'Error' or lastRetry.exitCode in ['137', '143']"
+USER = 10001  # of the image
+HEADER = "# Written by `hm deploy argo --write` from runner/pipeline.yaml and the notebooks.\n"
+
+
+def _texts(stages: Mapping[str, Stage]) -> dict[str, dict[str, str]]:
+    """By stage each parameter in a whole run, as `-p` takes it."""
+    resolved = resolve(list(stages.values()))
+    return {
+        name: {
+            key: value if isinstance(value, str) else json.dumps(value)
+            for key, value in resolved[name].values.items()
+            if key not in OWN
+        }
+        for name in stages
+    }
+
+
+def _container(stage: Stage, parameters: Mapping[str, str]) -> dict[str, Any]:
+    """The template of a stage: it runs again when its machine was lost or it was killed."""
+    given = [f"{name}={{{{workflow.parameters.{stage.name}-{name}}}}}" for name in parameters]
+    words = [word for one in given for word in ("-p", one)]
+    return {
+        "name": stage.name,
+        "retryStrategy": {
+            "limit": "2",
+            "retryPolicy": "Always",
+            "expression": KILLED,
+            "backoff": {"duration": "1m", "factor": "2", "maxDuration": "15m"},
+        },
+        "container": {
+            "name": "main",
+            "image": f"{IMAGES}/{stage.image or stage.name}",
+            "args": ["run", stage.name, "--run-id", "{{workflow.name}}", *words],
+            "envFrom": [{"configMapRef": {"name": NAME}}],
+            "resources": {
+                "requests": {"cpu": "1", "memory": stage.memory},
+                "limits": {"memory": stage.memory},
+            },
+            "securityContext": {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            },
+            "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],
+        },
+    }
+
+
+def _template(stages: Mapping[str, Stage]) -> dict[str, Any]:
+    texts = _texts(stages)
+    parameters = [
+        {"name": f"{stage}-{name}", "value": value}
+        for stage, given in texts.items()
+        for name, value in given.items()
+    ]
+    tasks = [
+        {"name": name, "template": name}
+        | ({"dependencies": list(stage.after)} if stage.after else {})
+        for name, stage in stages.items()
+    ]
+    return {
+        "entrypoint": "pipeline",
+        "serviceAccountName": NAME,
+        "arguments": {"parameters": parameters},
+        "activeDeadlineSeconds": 21_600,
+        "archiveLogs": True,
+        "podGC": {"strategy": "OnPodSuccess"},
+        "ttlStrategy": {"secondsAfterCompletion": 604_800},
+        "synchronization": {"mutexes": [{"name": NAME}]},
+        "podMetadata": {"labels": {"app.kubernetes.io/name": NAME}},
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": USER,
+            "runAsGroup": USER,
+            "fsGroup": USER,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "volumes": [{"name": "tmp", "emptyDir": {"sizeLimit": "20Gi"}}],
+        "templates": [
+            {"name": "pipeline", "dag": {"tasks": tasks}},
+            *(_container(stage, texts[name]) for name, stage in stages.items()),
+        ],
+    }
+
+
+def workflows(stages: Mapping[str, Stage], schedule: str = "0 3 * * *") -> str:
+    """The manifests of WorkflowTemplate and CronWorkflow, as YAML."""
+    meta = {"name": NAME, "labels": {"app.kubernetes.io/name": NAME}}
+    kinds = {
+        "WorkflowTemplate": _template(stages),
+        "CronWorkflow": {
+            "schedules": [schedule],
+            "timezone": "Etc/UTC",
+            "concurrencyPolicy": "Forbid",
+            "startingDeadlineSeconds": 3_600,
+            "successfulJobsHistoryLimit": 7,
+            "failedJobsHistoryLimit": 7,
+            "workflowSpec": {"workflowTemplateRef": {"name": NAME}},
+        },
+    }
+    documents = [
+        {"apiVersion": API, "kind": kind, "metadata": meta, "spec": spec}
+        for kind, spec in kinds.items()
+    ]
+    yaml.SafeDumper.ignore_aliases = lambda *_: True  # type: ignore[method-assign]
+    return HEADER + yaml.safe_dump_all(documents, sort_keys=False, width=100, explicit_start=True)
+
+
+def write_workflows(stages: Mapping[str, Stage], schedule: str) -> Path:
+    """Bring the manifest of the checkout up to date. Raises `LookupError` outside of one."""
+    path = project_root() / MANIFEST
+    if not path.parent.is_dir():
+        raise LookupError(f"{path.parent}: no such folder; --write belongs into a checkout")
+    path.write_text(workflows(stages, schedule), encoding="utf-8")
+    return path
