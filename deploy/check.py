@@ -60,6 +60,36 @@ def _secrets(root: Path) -> list[str]:
     return [str(BIN / "detect-secrets-hook"), *options, *kept]
 
 
+def _kubernetes(root: Path) -> list[str]:
+    """Overlays render, and Kubernetes knows every kind and field."""
+    return _manifests("kubernetes", root)
+
+
+def _argo(root: Path) -> list[str]:
+    """Argo knows every field of its kinds."""
+    return _manifests("argo", root)
+
+
+def _references(root: Path) -> list[str]:
+    """What workflows of Argo name is there."""
+    return _manifests("references", root)
+
+
+def _checkov(root: Path) -> list[str]:
+    """Manifests and image have nothing that is known to be unsafe."""
+    return _manifests("checkov", root)
+
+
+def _manifests(check: str, root: Path) -> list[str]:
+    # by the tools' own Python: one of them is a library
+    return [str(BIN / "python"), "-m", "deploy.manifests", check, "--root", str(root)]
+
+
+def _act(root: Path) -> list[str]:
+    """ci.yml runs what a push touches, and its gate holds."""
+    return [sys.executable, "-m", "deploy.rehearse", "--root", str(root)]
+
+
 CHECKS: dict[str, Callable[[Path], list[str]]] = {
     "schema": _schema,
     "actionlint": _actionlint,
@@ -67,13 +97,18 @@ CHECKS: dict[str, Callable[[Path], list[str]]] = {
     "hadolint": _hadolint,
     "bandit": _bandit,
     "secrets": _secrets,
+    "kubernetes": _kubernetes,
+    "argo": _argo,
+    "references": _references,
+    "checkov": _checkov,
+    "act": _act,
 }
 
 
 def run(name: str, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run one check on a checkout."""
     command = CHECKS[name](root)
-    return subprocess.run(command, cwd=root, check=False, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
 
 
 def main(words: list[str] | None = None) -> int:

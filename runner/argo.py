@@ -64,7 +64,7 @@ def _container(stage: Stage, parameters: Mapping[str, str]) -> dict[str, Any]:
                 "readOnlyRootFilesystem": True,
                 "capabilities": {"drop": ["ALL"]},
             },
-            "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],
+            "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],  # nosec B108
         },
     }
 
