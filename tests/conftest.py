@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import boto3
@@ -41,11 +41,10 @@ def wait_for(url: str, seconds: float = 120) -> None:
     """Return when `url` answers 200; raise `TimeoutError` when it does not in time."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        try:
+        with suppress(httpx.TransportError):
             if httpx.get(url, timeout=5).status_code == 200:
                 return
-        except httpx.TransportError:
-            time.sleep(0.2)
+        time.sleep(0.2)
     raise TimeoutError(url)
 
 
