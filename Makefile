@@ -106,12 +106,14 @@ pytest: .installed
 check-delivery: .installed .installed-delivery  ## workflows, images and code, by the tools of the field; needs npm
 	$(BIN)/python -m deploy.check
 
-# COMPONENT=inference is the REST service, any other runs a stage
+# COMPONENT=inference is the REST service, any other runs a stage; tags as the delivery gives them
+NAME = ml-fashion-recommender/$(COMPONENT)
+TAGS = $(shell $(PYTHON) -m deploy.tag --ref refs/heads/$$(git rev-parse --abbrev-ref HEAD) --sha $$(git rev-parse HEAD))
 build-component:  ## the image of a COMPONENT, by Docker
 	docker build --target $(if $(filter inference,$(COMPONENT)),api,$(if $(filter lab,$(COMPONENT)),lab,stage)) \
-	  --build-arg GIT_SHA=$$(git rev-parse HEAD) \
-	  --tag ml-fashion-recommender/$(COMPONENT):$$(git rev-parse --short HEAD) .
-	docker image inspect --format '{{.Size}} bytes' ml-fashion-recommender/$(COMPONENT):$$(git rev-parse --short HEAD)
+	  --build-arg GIT_SHA=$$(git rev-parse HEAD) --build-arg VERSION=$$($(PYTHON) -m deploy.tag --version) \
+	  $(foreach tag,$(TAGS),--tag $(NAME):$(tag)) .
+	docker image inspect --format '{{.Size}} bytes' $(NAME):$(firstword $(TAGS))
 
 format: .installed  ## bring notebooks, library and code into shape
 	$(BIN)/ruff format

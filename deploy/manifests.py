@@ -20,6 +20,8 @@ import yaml
 ROOT = Path(__file__).parents[1]
 BIN, NODE = ROOT / ".venv-delivery" / "bin", ROOT / "build" / "checks"
 ARGO = "argoproj.io/"
+DIGEST = re.compile(r"@sha256:[0-9a-f]{64}$")
+NAME = re.compile(r"[a-zA-Z0-9][-a-zA-Z0-9]*")
 VERSION = "1.34"  # of Kubernetes
 VARIABLE = re.compile(r"\{\{(.*?)\}\}")
 SKIPPED = (
@@ -73,8 +75,11 @@ def argo(root: Path) -> Iterator[str]:
 
 
 def references(root: Path) -> Iterator[str]:
-    """What a workflow names and does not have: templates, tasks, parameters, accounts, settings."""
+    """What is named and is not there: templates, tasks, parameters, accounts, settings, images."""
     for place, documents in rendered(root).items():
+        for image in sorted({*_images(documents)}):
+            if not DIGEST.search(image):
+                yield f"{place}: image {image} has no digest; name it in the overlay's images"
         names = {(doc["kind"], doc["metadata"]["name"]) for doc in documents}
         for document in documents:
             where = f"{place}: {document['kind']}"
@@ -84,6 +89,18 @@ def references(root: Path) -> Iterator[str]:
                 named = document["spec"]["workflowSpec"]["workflowTemplateRef"]["name"]
                 if ("WorkflowTemplate", named) not in names:
                     yield f"{where}: no WorkflowTemplate {named!r}"
+
+
+def _images(value: Any) -> Iterator[str]:
+    """The images of all containers, wherever a kind has them."""
+    if isinstance(value, dict):
+        if isinstance(value.get("image"), str):
+            yield value["image"]
+        for part in value.values():
+            yield from _images(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _images(part)
 
 
 def _dangling(spec: Document, names: set[tuple[str, str]]) -> Iterator[str]:
@@ -99,6 +116,8 @@ def _dangling(spec: Document, names: set[tuple[str, str]]) -> Iterator[str]:
             yield f"{variable!r} stands for nothing"
     volumes = {volume["name"] for volume in spec.get("volumes", [])}
     for name, template in templates.items():
+        if not NAME.fullmatch(name):
+            yield f"template {name!r}: Argo takes letters, digits and hyphens"
         tasks = template.get("dag", {}).get("tasks", [])
         wanted = {task["template"] for task in tasks} - {*templates}
         after = {before for task in tasks for before in task.get("dependencies", [])}

@@ -1,11 +1,16 @@
 """The tags of an image, from what was pushed: python -m deploy.tag --ref refs/heads/main --sha SHA.
 
+`--version` says instead what the checkout's version is, by the last tag of git.
+
 Tags that name a commit never move; those that do (`--moving`) are for registries that allow it.
 """
 
 import argparse
 import re
 import sys
+from pathlib import Path
+
+from hm_reco.core.code import release
 
 SHA = re.compile(r"[0-9a-f]{40}")
 LONGEST = 128  # of a tag, by the OCI distribution specification
@@ -46,6 +51,7 @@ def tags(ref: str, sha: str, pull_request: int | None = None, moving: bool = Fal
 def main(words: list[str] | None = None) -> int:
     """Print the tags, one a line."""
     parser = argparse.ArgumentParser(prog="python -m deploy.tag", description=__doc__)
+    parser.add_argument("--version", action="version", version=release(Path(__file__).parents[1]))
     parser.add_argument("--ref", required=True, help="as GITHUB_REF has it: refs/heads/main")
     parser.add_argument("--sha", required=True, help="the commit, 40 hexadecimal digits")
     parser.add_argument("--pull-request", type=int, help="its number")

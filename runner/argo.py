@@ -21,8 +21,14 @@ API = "argoproj.io/v1alpha1"
 MANIFEST = Path("deploy/pipeline/base/workflow.yaml")
 OWN = ("lake", "run_id")  # parameters that the workflow sets itself
 KILLED = "lastRetry.status == 'Error' or lastRetry.exitCode in ['137', '143']"
+NIGHTLY = "0 3 * * *"
 USER = 10001  # of the image
 HEADER = "# Written by `hm deploy argo --write` from runner/pipeline.yaml and the notebooks.\n"
+
+
+def _slug(stage: Stage) -> str:
+    """A stage's name as Argo wants names."""
+    return stage.name.replace("_", "-")
 
 
 def _texts(stages: Mapping[str, Stage]) -> dict[str, dict[str, str]]:
@@ -40,10 +46,11 @@ def _texts(stages: Mapping[str, Stage]) -> dict[str, dict[str, str]]:
 
 def _container(stage: Stage, parameters: Mapping[str, str]) -> dict[str, Any]:
     """The template of a stage: it runs again when its machine was lost or it was killed."""
-    given = [f"{name}={{{{workflow.parameters.{stage.name}-{name}}}}}" for name in parameters]
+    mine = f"workflow.parameters.{_slug(stage)}"
+    given = [f"{name}={{{{{mine}-{name}}}}}" for name in parameters]
     words = [word for one in given for word in ("-p", one)]
     return {
-        "name": stage.name,
+        "name": _slug(stage),
         "retryStrategy": {
             "limit": "2",
             "retryPolicy": "Always",
@@ -72,15 +79,15 @@ def _container(stage: Stage, parameters: Mapping[str, str]) -> dict[str, Any]:
 def _template(stages: Mapping[str, Stage]) -> dict[str, Any]:
     texts = _texts(stages)
     parameters = [
-        {"name": f"{stage}-{name}", "value": value}
+        {"name": f"{_slug(stages[stage])}-{name}", "value": value}
         for stage, given in texts.items()
         for name, value in given.items()
     ]
-    tasks = [
-        {"name": name, "template": name}
-        | ({"dependencies": list(stage.after)} if stage.after else {})
-        for name, stage in stages.items()
-    ]
+    tasks: list[dict[str, Any]] = []
+    for stage in stages.values():
+        tasks.append({"name": _slug(stage), "template": _slug(stage)})
+        if stage.after:
+            tasks[-1]["dependencies"] = [_slug(stages[name]) for name in stage.after]
     return {
         "entrypoint": "pipeline",
         "serviceAccountName": NAME,
@@ -106,7 +113,7 @@ def _template(stages: Mapping[str, Stage]) -> dict[str, Any]:
     }
 
 
-def workflows(stages: Mapping[str, Stage], schedule: str = "0 3 * * *") -> str:
+def workflows(stages: Mapping[str, Stage], schedule: str = NIGHTLY) -> str:
     """The manifests of WorkflowTemplate and CronWorkflow, as YAML."""
     meta = {"name": NAME, "labels": {"app.kubernetes.io/name": NAME}}
     kinds = {
@@ -129,7 +136,7 @@ def workflows(stages: Mapping[str, Stage], schedule: str = "0 3 * * *") -> str:
     return HEADER + yaml.safe_dump_all(documents, sort_keys=False, width=100, explicit_start=True)
 
 
-def write_workflows(stages: Mapping[str, Stage], schedule: str) -> Path:
+def write_workflows(stages: Mapping[str, Stage], schedule: str = NIGHTLY) -> Path:
     """Bring the manifest of the checkout up to date. Raises `LookupError` outside of one."""
     path = project_root() / MANIFEST
     if not path.parent.is_dir():

@@ -40,7 +40,8 @@ def options(
 ) -> None:
     """Raw fashion purchases become served recommendations."""
     if version:
-        from hm_reco.core.ledger import git_commit, release
+        from hm_reco.core.code import release
+        from hm_reco.core.ledger import git_commit
         from runner.graph import project_root
 
         console.print(f"hm-reco {release(project_root())} ({git_commit(project_root())})")

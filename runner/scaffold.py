@@ -13,6 +13,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from runner.argo import write_workflows
 from runner.graph import PIPELINE, PipelineError, choose, load_pipeline, project_root
 
 FENCE = re.compile(r"^```python *(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -76,14 +77,9 @@ def new_stage(name: str, after: str) -> list[Path]:
     )
     before = PIPELINE.read_text(encoding="utf-8").rstrip("\n")
     PIPELINE.write_text(f"{before}\n{entry}", encoding="utf-8")
-    sort = [
-        "ruff",
-        "check",
-        "--fix",
-        "--quiet",
-        str(test),
-    ]  # of the imports, which the name decides
+    sort = ["ruff", "check", "--fix", "--quiet", str(test)]  # of imports, which the name decides
     for tool, *words in (["nbdev-export"], ["nbdev-clean"], sort):
         command = [str(Path(sys.executable).with_name(tool)), *words]
         subprocess.run(command, check=True, cwd=root)
-    return [notebook, test, PIPELINE, root / "hm_reco" / "stages" / f"{name}.py"]
+    module = root / "hm_reco" / "stages" / f"{name}.py"
+    return [notebook, test, PIPELINE, module, write_workflows(load_pipeline())]

@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from ruamel.yaml import YAML
+from typer.testing import CliRunner
 
 from deploy import gitops
 from deploy.changed import NO_BASE, DetectionError, changed_files, components, touched
@@ -15,6 +17,8 @@ from deploy.gitops import ATTEMPTS, GitOpsError, publish, set_image
 from deploy.gitops import main as tell
 from deploy.tag import branch_part, tags
 from deploy.tag import main as tag
+from runner.argo import workflows
+from runner.cli import app
 from runner.graph import load_pipeline
 
 SHA = "0123456789abcdef0123456789abcdef01234567"  # pragma: allowlist secret
@@ -65,6 +69,36 @@ def test_what_the_image_copies_is_known_to_the_detection():
     for name in (name for names in copied for name in names if Path(name).is_file()):
         if not name.endswith(("README.md", "LICENSE")):
             assert touched([name]) == ALL, name
+
+
+def test_the_workflow_of_argo_is_the_graph():
+    assert workflows(load_pipeline()) == Path("deploy/pipeline/base/workflow.yaml").read_text()
+
+
+def test_a_schedule_is_the_callers():
+    told = CliRunner().invoke(app, ["deploy", "argo", "--schedule", "15 4 * * 1"])
+    template, cron = yaml.safe_load_all(told.stdout)
+    assert cron["spec"]["schedules"] == ["15 4 * * 1"]
+    assert (
+        cron["spec"]["workflowSpec"]["workflowTemplateRef"]["name"] == template["metadata"]["name"]
+    )
+    after = {task["name"]: task.get("dependencies", []) for task in _dag(template)}
+    assert after == {name: [*stage.after] for name, stage in load_pipeline().items()}
+
+
+def _dag(template):
+    return template["spec"]["templates"][0]["dag"]["tasks"]
+
+
+def test_roles_may_do_nothing_to_everything():
+    for path in sorted(Path("deploy/aws").glob("*-policy.json")):
+        for statement in json.loads(path.read_text())["Statement"]:
+            if statement["Effect"] == "Allow":
+                actions = statement["Action"]
+                assert not any(
+                    "*" in a for a in ([actions] if isinstance(actions, str) else actions)
+                )
+                assert statement["Resource"] != "*" or actions == "ecr:GetAuthorizationToken"
 
 
 def test_components_are_the_stages():

@@ -111,7 +111,7 @@ def code_lines(path: Path) -> int:
 
 
 def test_the_runner_stays_small():
-    assert sum(code_lines(path) for path in (ROOT / "runner").glob("*.py")) <= 1_345
+    assert sum(code_lines(path) for path in (ROOT / "runner").glob("*.py")) <= 1_500
 
 
 def test_links_of_the_guides_lead_somewhere():

@@ -1,19 +1,28 @@
 """A stage is begun in a copy of the project, and goes the whole way there."""
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+from deploy.changed import components, touched
+from deploy.gitops import set_image
+from deploy.manifests import BIN as TOOLS
+from deploy.manifests import references
 
 ROOT = Path(__file__).parents[1]
 PARTS = (
     *("nbs", "hm_reco", "runner", "reports", "deploy", "config", "tests", "docs"),
-    *("pyproject.toml", "settings.ini"),
+    *("pyproject.toml", "settings.ini", "Makefile"),
 )
 BIN = Path(sys.executable).parent
+KUBECTL = TOOLS / "kubectl"
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +66,46 @@ def test_a_new_stage_runs_and_keeps_the_rules(clone: Path):
         assert call(clone, "ruff", *check, "nbs", "tests").returncode == 0
     planned = call(clone, "hm", "plan", "price_watch")
     assert "it never ran here" in planned.stdout
+
+
+def test_a_new_component_goes_the_whole_way(clone: Path):
+    """After the test above: detection, image, registry, workflow of Argo, overlays."""
+    notebook = "nbs/stages/60_price_watch.ipynb"
+    assert components(clone)["price_watch"] == clone / notebook
+    assert touched([notebook], clone) == ["price_watch"]
+    assert touched(["nbs/core/01_lake.ipynb"], clone)[-1] == "price_watch"
+    assert touched(["nbs/model/09_ranker.ipynb"], clone) == ["training", "inference"]
+
+    subprocess.run(["git", "init", "--quiet", str(clone)], check=True)
+    me = ("-c", "user.name=me", "-c", "user.email=me@here", "commit", "--quiet", "--allow-empty")
+    subprocess.run(["git", "-C", str(clone), *me, "--message=first"], check=True)
+    making = ["make", "-n", "build-component", "COMPONENT=price_watch", f"PYTHON={sys.executable}"]
+    built = subprocess.run(making, cwd=clone, check=True, capture_output=True, text=True).stdout
+    assert "--target stage" in built
+    assert re.search(r"--tag ml-fashion-recommender/price_watch:\w+-[0-9a-f]{40} ", built)
+    listed = call(clone, "python", "-m", "deploy.changed", "--base", "")
+    assert json.loads(listed.stdout)[-1] == "price_watch"  # as deploy/aws makes repositories
+
+    manifest = (clone / "deploy/pipeline/base/workflow.yaml").read_text()
+    assert call(clone, "hm", "deploy", "argo").stdout == manifest
+    templates = next(yaml.safe_load_all(manifest))["spec"]["templates"]
+    template = next(one for one in templates if one["name"] == "price-watch")
+    assert template["container"]["image"] == "ml-fashion-recommender/price_watch"
+    assert "weeks={{workflow.parameters.price-watch-weeks}}" in template["container"]["args"]
+
+
+@pytest.mark.skipif(not KUBECTL.exists(), reason="make check-delivery brings kubectl")
+def test_an_overlay_without_the_new_image_is_a_fault(clone: Path):
+    assert set(references(clone)) == {
+        f"deploy/pipeline/overlays/{where}: image ml-fashion-recommender/price_watch has no "
+        "digest; name it in the overlay's images"
+        for where in ("production", "staging")
+    }
+    for where in ("production", "staging"):
+        file = clone / "deploy/pipeline/overlays" / where / "kustomization.yaml"
+        name = "ml-fashion-recommender/price_watch"
+        set_image(file, name, f"registry.example.com/{name}", "sha256:" + "a" * 64)
+    assert list(references(clone)) == []
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEDGER', 'State', 'TYPES', 'Row', 'Outcome', 'Entry', 'as_frame', 'as_rows', 'new_run_id', 'named_run', 'git_commit',
-           'release', 'enter', 'read_ledger']
+           'enter', 'read_ledger']
 
 # %% ../../nbs/core/08_ledger.ipynb #fff67096
 import json
@@ -15,7 +15,6 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_origin
 
@@ -109,31 +108,12 @@ def git_commit(root: Path) -> str:
     """The commit of the checkout (`GIT_SHA` in an image), `+changes` when it is not clean."""
     if sha := os.environ.get("GIT_SHA"):
         return sha
-    options = ("--always", "--abbrev=40", "--exclude=*", "--dirty=+changes")
-    return _describe(root, *options) or "unknown"
-
-
-def release(root: Path) -> str:
-    """The version that the last tag names, and what came since: `0.2.0+12.g3f2a91c`.
-
-    `HM_VERSION` in an image. Without a tag it is the package's version, and the commit.
-    """
-    if said := os.environ.get("HM_VERSION"):
-        return said
-    tag, _, since = _describe(root, "--tags", "--match=v[0-9]*", "--long").partition("-")
-    if not tag:
-        return f"{version('hm-reco')}+g{git_commit(root)[:7]}"
-    commits, _, sha = since.partition("-")
-    return tag.removeprefix("v") + (f"+{commits}.{sha}" if commits != "0" else "")
-
-
-def _describe(root: Path, *options: str) -> str:
-    """What git says of a checkout; nothing where it cannot."""
-    command = ["git", "-C", str(root), "describe", *options]
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*"]
     try:
-        return subprocess.run(command, capture_output=True, check=False).stdout.decode().strip()
+        done = subprocess.run([*command, "--dirty=+changes"], capture_output=True, check=False)
     except FileNotFoundError:  # no git here
-        return ""
+        return "unknown"
+    return done.stdout.decode().strip() or "unknown"
 
 # %% ../../nbs/core/08_ledger.ipynb #1ead15e3
 def enter(lake: Lake, *entries: Entry) -> None:
