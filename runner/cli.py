@@ -14,7 +14,7 @@ import typer
 from hm_reco.core import commands
 from hm_reco.core.commands import JsonOption, LakeOption, WaitOption, console, show, told
 from hm_reco.core.lake import Lake, open_lake, read_vouched
-from hm_reco.core.settings import Settings
+from hm_reco.core.settings import ServiceSettings
 
 
 def _changed(result: object, **_: object) -> None:
@@ -410,7 +410,9 @@ def serve(
 
     if lake:
         os.environ["HM_LAKE"] = lake
-    settings = Settings()
+    with told():
+        settings = ServiceSettings()
+        settings.key_hashes()
     uvicorn.run(
         "hm_reco.stages.inference:app",
         host=host or settings.host,

@@ -1,16 +1,20 @@
 """Where settings come from, what is said of wrong ones, and that no secret is ever told."""
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import boto3
+import httpx
 import jsonschema
+import polars as pl
 import pytest
 from typer.testing import CliRunner
 
-from hm_reco.core.lake import open_lake
+from hm_reco.core.lake import find_file, open_lake, put_file, table_names, write
 from hm_reco.core.settings import (
     Settings,
     aws_schema,
@@ -19,6 +23,7 @@ from hm_reco.core.settings import (
     settings_page,
 )
 from runner.cli import app
+from tests.conftest import BUCKET, free_port, wait_for
 
 ROOT = Path(__file__).parents[1]
 INI = "[DEFAULT]\nlake = from-ini\nport = 8081\n[dev]\n[prod]\nport = 8082\n"
@@ -55,6 +60,31 @@ def test_a_bucket_names_the_lake_by_its_layer(home, monkeypatch):
     assert origin_of("lake") == "environment S3_DATA_LAKE_BUCKET"
     monkeypatch.setenv("HM_LAKE", "here")
     assert (Settings().lake, origin_of("lake")) == ("here", "environment HM_LAKE")
+
+
+def test_an_empty_bucket_names_no_lake(home, monkeypatch):
+    monkeypatch.setenv("S3_DATA_LAKE_BUCKET", "")
+    assert (Settings().lake, origin_of("lake")) == ("from-ini", "settings.ini [dev]")
+
+
+def test_folders_of_a_lake_on_s3_can_have_other_names(s3, home, monkeypatch):
+    monkeypatch.setenv("S3_ARTIFACTS_PREFIX", "models")
+    lake = open_lake(f"{s3}/renamed")
+    write(lake, "artifacts/tried", pl.DataFrame({"n": [1]}))
+    put_file(lake.path("artifacts", "models", "v1", "note.txt"), "here")
+    keys = boto3.client("s3").list_objects_v2(Bucket=BUCKET, Prefix="renamed/")["Contents"]
+    tops = {one["Key"].split("/")[1] for one in keys}
+    assert "models" in tops and "artifacts" not in tops
+    assert table_names(lake) == ["artifacts/tried"]
+    assert find_file(lake, "artifacts", "models", "v1", "note.txt").read_text() == "here"
+    assert open_lake(home / "lake").folders == {}  # a folder is as it is
+    for name in ("raw", "reports"):
+        monkeypatch.setenv("S3_ARTIFACTS_PREFIX", name)
+        with pytest.raises(ValueError, match="each folder needs a name of its own"):
+            open_lake(f"{s3}/renamed")
+    monkeypatch.setenv("S3_ARTIFACTS_PREFIX", "../up")
+    with pytest.raises(ValueError, match="s3_artifacts_prefix"):
+        Settings()
 
 
 @pytest.mark.parametrize(
@@ -110,6 +140,41 @@ CANARIES = {
 }
 
 
+def said(words: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """What a command says, well or not."""
+    return subprocess.run(
+        words, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def _service(hm: str, root: str, environment: dict[str, str]) -> str:
+    """All that a service says that has a key, when it is asked well and badly."""
+    key, port = "canary-key-0d4f", free_port()
+    hashed = hashlib.sha256(key.encode()).hexdigest()
+    own = {"HM_API_KEYS": hashed, "HM_SECRETS_DIR": root, "HM_PORT": str(port)}
+    process = subprocess.Popen(
+        [hm, "serve", "--lake", root],
+        env=environment | own,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        wait_for(f"http://127.0.0.1:{port}/healthz")
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as client:
+            answers = [client.get(path).text for path in ("/readyz", "/metrics", "/model", "/none")]
+            for headers in ({"X-API-Key": key}, {"X-API-Key": "canary-wrong"}, {}):
+                for body in (b'{"customer_ids": ["a"]}', b"{", b'{"customer_ids": 3}'):
+                    answer = client.post("/predict", content=body, headers=headers)
+                    assert answer.status_code >= 400  # there is no model, or no key
+                    answers.append(answer.text)
+    finally:
+        process.terminate()
+        log = process.communicate(timeout=30)[0]
+    assert len(log) > 100 and hashed not in log
+    return log + "".join(answers)
+
+
 def test_no_secret_is_told_by_a_run(s3, small_data, tmp_path):
     """Canaries in the environment and in mounted secrets; all outputs of a run are searched."""
     secrets = tmp_path / "secrets"
@@ -120,22 +185,21 @@ def test_no_secret_is_told_by_a_run(s3, small_data, tmp_path):
     hm = str(Path(sys.executable).with_name("hm"))
     told = ""
     for words in (
-        ["run", "ingestion", "processing", "--data", str(small_data), "-v"],
-        ["run", "training", "-p", "evaluation_weeks=99"],  # which fails
+        ["run", "ingestion", "--data", str(small_data), "-v"],
+        ["run", "training"],  # which fails
         ["runs", "--json"],
         ["config"],
         ["recommend", "nobody"],
     ):
-        done = subprocess.run(
-            [hm, *words, "--lake", root] if words != ["config"] else [hm, *words],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
+        done = said(
+            [hm, *words, "--lake", root] if words != ["config"] else [hm, *words], environment
         )
         told += done.stdout + done.stderr
+    refused = said([hm, "serve", "--lake", root], environment)
+    assert refused.returncode and "api_keys" in refused.stderr  # the one mounted is no hash
+    told += refused.stderr + _service(hm, root, environment)
     lake = open_lake(root)
     files = [path for path in lake.path().rglob("*") if path.is_file()]
-    assert len(files) > 20 and "evaluation_weeks" in told
+    assert len(files) > 20 and "the stage 'processing' writes it" in told
     found = [str(path) for path in files if b"canary-" in path.read_bytes()]
     assert not found and "canary-" not in told.replace(root, "")

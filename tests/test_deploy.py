@@ -71,6 +71,16 @@ def test_what_the_image_copies_is_known_to_the_detection():
             assert touched([name]) == ALL, name
 
 
+def test_no_secret_of_a_checkout_gets_into_an_image():
+    lines = Path(".dockerignore").read_text().split("\n")
+    rules = [line for line in lines if line and not line.startswith("#")]
+    assert rules[0] == "*"  # nothing, and then
+    let_in = {rule[1:].split("/")[0] for rule in rules if rule.startswith("!")}
+    assert not let_in & {"config", ".env", ".git", "secrets", "lake", ".aws"}
+    inside = [name for name in let_in if Path(name).is_dir() and name != "deploy"]
+    assert set(inside) == {"hm_reco", "nbs", "reports", "runner"}
+
+
 def test_the_workflow_of_argo_is_the_graph():
     assert workflows(load_pipeline()) == Path("deploy/pipeline/base/workflow.yaml").read_text()
 

@@ -317,6 +317,7 @@ def _route(
 def create_app(lake: Lake | None = None, settings: ServiceSettings | None = None) -> FastAPI:
     """The REST service on a lake (default: the setting `lake`)."""
     settings = settings or ServiceSettings()
+    settings.key_hashes()  # wrong ones are said now, not at the first request
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
