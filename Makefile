@@ -103,7 +103,7 @@ quality: .installed .installed-rivals  ## MAP@12 beside other recommenders; DATA
 pytest: .installed
 	$(BIN)/pytest -n 2 --dist loadfile --cov --cov-report=term --cov-fail-under=90
 
-check-delivery: .installed .installed-delivery  ## workflows, images and code, by the tools of the field; needs npm
+check-delivery: .installed .installed-delivery  ## workflows, manifests, Dockerfile and code, by the tools of the field; needs npm
 	$(BIN)/python -m deploy.check
 
 # COMPONENT=inference is the REST service, any other runs a stage; tags as the delivery gives them

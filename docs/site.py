@@ -29,6 +29,7 @@ NAV: dict[str, str | dict[str, str]] = {
         "Deploy as containers": "docs/how-to/deploying.md",
         "Add a stage": "docs/how-to/new-stage.md",
         "Workflows": "docs/workflows/README.md",
+        "Set up AWS": "deploy/aws/README.md",
     },
     "Guides": {
         "Running stages": "docs/running.md",

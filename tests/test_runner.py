@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from hm_reco.core.lake import Lake, open_lake, read_vouched
-from hm_reco.core.ledger import Entry, enter, git_commit, read_ledger
+from hm_reco.core.ledger import Entry, enter, git_commit, named_run, read_ledger
 from runner.again import code_of
 from runner.board import Board
 from runner.cache import decide, key_of
@@ -126,6 +126,30 @@ def test_retries_only_where_declared(tmp_path, lake: Lake):
         ("r1", "failed"),
         ("r2", "succeeded"),
     ]
+
+
+def test_a_named_run_goes_on(tmp_path, lake: Lake):
+    """As containers do, one a stage, with one that is tried again."""
+    mark = tmp_path / "mark"
+    body = f"from pathlib import Path\nmark = Path('{mark}')\n"
+    body += "if not mark.exists():\n    mark.touch()\n    raise ValueError('first time')\n"
+    first = toy(tmp_path, MANIFEST.replace('"toy"', '"first"'), name="first")
+    second = toy(tmp_path, body + MANIFEST.replace('"toy"', '"second"'), name="second")
+    run_toys(lake, job(first, "night-1"))
+    note = lake.path("runs", "night-1", "run.json").read_text()
+    for state in ("failed", "succeeded"):
+        assert [e.state for e in run_toys(lake, job(second, "night-1"))] == [state]
+    assert [(e.run_id, e.stage, e.state) for e in read_ledger(lake)] == [
+        ("night-1", "first", "succeeded"),
+        ("night-1", "second", "succeeded"),
+    ]
+    page = lake.path("reports", "night-1", "index.html").read_text()
+    assert "first.html" in page and "second.html" in page
+    assert lake.path("runs", "night-1", "run.json").read_text() == note
+    assert named_run("night-1") == "night-1"
+    for name in ("../up", "Night", "", "a" * 64, "-x"):
+        with pytest.raises(ValueError, match="expected small letters"):
+            named_run(name)
 
 
 def test_independent_stages_run_side_by_side_and_failures_stop_only_what_follows(tmp_path, lake):
