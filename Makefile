@@ -99,9 +99,9 @@ bench: .installed .installed-peers  ## ingestion and processing beside peers; CU
 quality: .installed .installed-rivals  ## MAP@12 beside other recommenders; DATA=folder WEEKS=4
 	$(BIN)/python bench/quality.py $(DATA) --weeks $(WEEKS)
 
-# the faults, which mostly wait, beside all others
+# files in their order: the faults, which mostly wait, run beside others instead of last
 pytest: .installed
-	$(BIN)/pytest -n 2 --dist loadfile --cov --cov-report=term --cov-fail-under=90
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term --cov-fail-under=90
 
 check-delivery: .installed .installed-delivery  ## workflows, manifests, Dockerfile and code, by the tools of the field; needs npm
 	$(BIN)/python -m deploy.check
