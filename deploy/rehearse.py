@@ -40,7 +40,7 @@ def _git(folder: Path, *words: str) -> str:
 def stage_set(root: Path, folder: Path) -> tuple[str, str]:
     """A repository with two commits in `folder`; their names."""
     files = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
-    for name in filter(None, files):
+    for name in (name for name in files if (root / name).is_file()):
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes((root / name).read_bytes())

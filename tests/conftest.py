@@ -108,9 +108,12 @@ def lake(tmp_path: Path) -> Lake:
 
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sample world's three files, 500 customers."""
+    """The sample world's three files, 500 customers; of the purchases the last half year."""
     folder = tmp_path_factory.mktemp("small")
     write_sample(folder, 500)
+    sales = folder / "transactions_train.csv"
+    head, *rows = sales.read_text().splitlines(keepends=True)
+    sales.write_text("".join([head, *(row for row in rows if row >= "2020-03-20")]))
     return folder
 
 

@@ -69,7 +69,7 @@ def checkout(tmp_path: Path) -> Path:
     listed = subprocess.run(
         [*command, "--exclude-standard"], check=True, capture_output=True, text=True
     ).stdout.split("\0")
-    for name in filter(None, listed):
+    for name in (name for name in listed if (ROOT / name).is_file()):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
