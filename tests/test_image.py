@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +41,7 @@ pytestmark = pytest.mark.skipif(
 # as in a cluster: nothing but /tmp can be written
 BOUND = ["--read-only", "--tmpfs", "/tmp", "--cap-drop", "all", "--memory", "4g"]
 BOUND += ["--security-opt", "no-new-privileges", "--network", "host"]
+CANARY = "canary-image-6c1d"  # a secret that is nobody's business
 SMALL = {
     "ingestion-customers": "800",
     "training-evaluation_weeks": "1",
@@ -76,7 +76,7 @@ def cloud() -> Iterator[dict[str, str]]:
         for name, value in settings.items():
             patch.setenv(name, value)
         boto3.client("s3").create_bucket(Bucket=BUCKET)
-        yield settings | {"HM_LAKE": f"s3://{BUCKET}/lake"}
+        yield settings | {"HM_LAKE": f"s3://{BUCKET}/lake", "CRM_PASSWORD": CANARY}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,8 @@ def lake(images, cloud):
     for name in load_pipeline():
         args = templates[name]["container"]["args"]
         words = [re.sub(r"\{\{(.*?)\}\}", lambda one: known[one[1]], word) for word in args]
-        engine("run", "--rm", *BOUND, *environment, images["stage"], *words)
+        told = engine("run", "--rm", *BOUND, *environment, images["stage"], *words)
+        assert name in told and CANARY not in told
     return open_lake(cloud["HM_LAKE"])
 
 
@@ -127,11 +128,14 @@ def test_the_stages_ran_as_one_run(lake):
     assert {model.run_id for model in read_models(lake)} == {"nightly-1"}
     page = lake.path("reports", "nightly-1", "index.html").read_text()
     assert all(f'/reports/nightly-1/{stage}.html"' in page for stage in entries)
+    files = [path for path in lake.path("runs", "nightly-1").rglob("*") if path.is_file()]
+    files += [path for path in lake.path("reports").rglob("*") if path.is_file()]
+    assert len(files) > 15 and not any(CANARY.encode() in path.read_bytes() for path in files)
 
 
-def ask(port: int) -> dict:
-    """A prediction for somebody who is in the lake, and for nobody."""
-    wait_for(f"http://127.0.0.1:{port}/readyz", 120)
+def ask(port: int, seconds: float = 120) -> dict:
+    """A prediction, asked for when the service is ready. Raises `TimeoutError`."""
+    wait_for(f"http://127.0.0.1:{port}/readyz", seconds)
     body = {"customer_ids": ["nobody"], "k": 12, "explain": True}
     answer = httpx.post(f"http://127.0.0.1:{port}/predict", json=body, timeout=30)
     assert answer.status_code == 200, answer.text
@@ -156,44 +160,53 @@ def test_the_service_answers_from_the_lake(images, lake, cloud):
         assert told.endswith("is not installed; stages need: pip install 'hm-reco[stages]'")
     finally:
         engine("stop", "--time", "20", name, check=False)
+        told = engine("logs", name)
         state = json.loads(engine("inspect", name))[0]["State"]
         engine("rm", "--force", name)
-    assert state["ExitCode"] == 0
+    assert state["ExitCode"] == 0 and CANARY not in told
 
 
-@pytest.mark.skipif(ENGINE != "podman", reason="kube play is podman's")
-def test_what_the_cluster_is_given_plays_and_answers(images, lake, cloud, tmp_path):
+def played(images: dict[str, str], settings: dict[str, str]) -> str:
+    """What ArgoCD would apply of the staging overlay, as podman can play it on this machine."""
     kubectl = shutil.which("kubectl") or str(ROOT / ".venv-delivery" / "bin" / "kubectl")
     if not Path(kubectl).exists():
         pytest.skip("no kubectl: make check-delivery brings it")
     overlay = ROOT / "deploy/api/overlays/staging"
     text = subprocess.run([kubectl, "kustomize", overlay], check=True, capture_output=True).stdout
-    port, played = free_port(), []
-    for document in yaml.safe_load_all(text):
+    documents = {one["kind"]: one for one in yaml.safe_load_all(text)}
+    kept = [documents["ConfigMap"], documents["Deployment"]]
+    for document in kept:
         document["metadata"].pop("namespace")
-        if document["kind"] == "ConfigMap":
-            document["data"] |= cloud | {"HM_PORT": str(port), "HM_HOST": "127.0.0.1"}
-            played.append(document)
-        if document["kind"] == "Deployment":
-            pod = document["spec"]["template"]["spec"]
-            container = pod["containers"][0]
-            # this machine's network, so a port of its own; no secret, which podman 4 cannot mount
-            # when it is optional; the rest is as a cluster gets it
-            pod["hostNetwork"] = True
-            del container["ports"]
-            for mounts in (pod["volumes"], container["volumeMounts"]):
-                mounts[:] = [one for one in mounts if one["name"] != "secrets"]
-            for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-                container[probe]["httpGet"]["port"] = port
-            container |= {"image": images["api"], "imagePullPolicy": "Never"}
-            played.append(document)
-    assert {one["kind"] for one in played} == {"ConfigMap", "Deployment"}
-    file = tmp_path / "play.yaml"
-    file.write_text(yaml.safe_dump_all(played))
+    documents["ConfigMap"]["data"] |= settings
+    pod = documents["Deployment"]["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    # this machine's network, so a port of its own; no secret, which podman 4 cannot mount when it
+    # is optional; the rest is as a cluster gets it
+    pod["hostNetwork"] = True
+    del container["ports"]
+    for mounts in (pod["volumes"], container["volumeMounts"]):
+        mounts[:] = [one for one in mounts if one["name"] != "secrets"]
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        container[probe]["httpGet"]["port"] = int(settings["HM_PORT"])
+    container |= {"image": images["api"], "imagePullPolicy": "Never"}
+    return yaml.safe_dump_all(kept)
+
+
+@pytest.mark.skipif(ENGINE != "podman", reason="kube play is podman's")
+@pytest.mark.parametrize("fault", ["", "mountPath: /tmp"])
+def test_what_the_cluster_is_given_plays_and_answers(images, lake, cloud, tmp_path, fault):
+    settings = cloud | {"HM_PORT": str(free_port()), "HM_HOST": "127.0.0.1"}
+    text, file = played(images, settings), tmp_path / "play.yaml"
+    assert fault in text
+    # with the fault there is nothing that it can write to
+    file.write_text(text.replace(fault, "mountPath: /elsewhere") if fault else text)
     podman = ["podman", "kube"]
     subprocess.run([*podman, "play", str(file)], check=True, capture_output=True, timeout=120)
     try:
-        assert len(ask(port)["recommendations"][0]["articles"]) == 12
+        if fault:
+            with pytest.raises(TimeoutError):
+                ask(int(settings["HM_PORT"]), 15)
+        else:
+            assert len(ask(int(settings["HM_PORT"]))["recommendations"][0]["articles"]) == 12
     finally:
-        time.sleep(1)
         subprocess.run([*podman, "down", str(file)], check=True, capture_output=True, timeout=120)
