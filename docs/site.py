@@ -26,9 +26,15 @@ NAV: dict[str, str | dict[str, str]] = {
         "Tune the model": "docs/how-to/tuning.md",
         "Promote, take back": "docs/how-to/promoting.md",
         "Serve": "docs/how-to/serving.md",
-        "Deploy as containers": "docs/how-to/deploying.md",
         "Add a stage": "docs/how-to/new-stage.md",
-        "Workflows": "docs/workflows/README.md",
+    },
+    "Delivery": {
+        "Workflows": "docs/workflows/README.md",  # the section's first page
+        "ci": "docs/workflows/ci.md",
+        "build-and-push-ecr": "docs/workflows/build-and-push-ecr.md",
+        "build-inference-gitops": "docs/workflows/build-inference-gitops.md",
+        "scheduled-pipeline": "docs/workflows/scheduled-pipeline.md",
+        "Containers and clusters": "docs/how-to/deploying.md",
         "Set up AWS": "deploy/aws/README.md",
     },
     "Guides": {
