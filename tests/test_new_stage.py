@@ -35,8 +35,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copytree(ROOT / name, root / name, ignore=unwanted)
         else:
             shutil.copy(ROOT / name, root / name)
-    for name in ("README.md", "CONTRIBUTING.md", "LICENSE"):
-        shutil.copy(ROOT / name, root / name)
+    for path in (*ROOT.glob("*.md"), ROOT / "LICENSE"):
+        shutil.copy(path, root / path.name)
     return root
 
 
