@@ -53,6 +53,10 @@ class Lake:
     client: S3Client | None = field(default=None, repr=False, compare=False)
     folders: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)  # renamed
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process reaches the lake with its own settings and credentials."""
+        return open_lake, (self.root,)
+
     def uri(self, name: str) -> str:
         """Where table `name` lies."""
         folder, *rest = name.split("/")

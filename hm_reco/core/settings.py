@@ -106,6 +106,9 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address the service listens on")
     port: int = Field(8080, ge=1, le=65535, description="Port the service listens on")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Log level")
+    cluster: str = Field(
+        "", description="Ray cluster for work by shards: auto, ray://head:10001; empty: none"
+    )
     s3_data_lake_bucket: str = Field(
         "",
         validation_alias="s3_data_lake_bucket",

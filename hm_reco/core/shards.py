@@ -11,7 +11,9 @@ from typing import TypeVar
 
 import polars as pl
 
+from .cluster import map_on
 from .progress import track
+from .settings import Settings
 
 Result = TypeVar("Result")
 
@@ -24,5 +26,10 @@ def shard_of(customer: pl.Expr, shards: int) -> pl.Expr:
 def map_shards(
     function: Callable[[int], Result], shards: Iterable[int], name: str = "shards"
 ) -> list[Result]:
-    """`function(shard)` for each shard, in order; how far it is, is shown under `name`."""
+    """`function(shard)` for each shard, in order; how far it is, is shown under `name`.
+
+    On the cluster that `HM_CLUSTER` names, if it names one.
+    """
+    if address := Settings().cluster:
+        return map_on(address, function, shards, name)
     return [function(shard) for shard in track(shards, name)]

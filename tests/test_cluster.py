@@ -1,0 +1,107 @@
+"""Work by shards on a real Ray cluster of two nodes: the same results, whatever goes wrong."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ray = pytest.importorskip("ray")
+from ray.cluster_utils import Cluster  # noqa: E402
+
+from hm_reco.core.cluster import ClusterError, map_on  # noqa: E402
+from hm_reco.model.recommend import Recommender, predict_all  # noqa: E402
+from hm_reco.service.switch import load, wanted  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A head and a worker, one core each, as processes of this machine."""
+    node = {"num_cpus": 1, "object_store_memory": 200_000_000}
+    cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
+    cluster.add_node(**node)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def recommender(trained_lake) -> Recommender:
+    return load(trained_lake, wanted(trained_lake)).recommender
+
+
+@pytest.mark.parametrize("shards", [1, 5])
+def test_predictions_are_those_of_one_process(cluster, recommender, monkeypatch, shards):
+    here = predict_all(recommender, shards)
+    monkeypatch.setenv("HM_CLUSTER", cluster.address)
+    assert predict_all(recommender, shards).equals(here)
+
+
+def test_tasks_run_on_both_nodes_and_results_keep_their_order(cluster):
+    def where(n: int) -> tuple[int, str]:
+        time.sleep(0.3)
+        return n, ray.get_runtime_context().get_node_id()
+
+    found = map_on(cluster.address, where, range(8))
+    assert [n for n, _ in found] == [*range(8)] and len({node for _, node in found}) == 2
+
+
+def test_a_killed_process_loses_nothing(cluster, tmp_path):
+    def once(n: int) -> int:
+        mark = Path(tmp_path) / str(n)
+        if n == 3 and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return n * n
+
+    assert map_on(cluster.address, once, range(6)) == [n * n for n in range(6)]
+    assert (tmp_path / "3").exists()
+
+
+def test_a_process_that_always_dies_is_told(cluster):
+    with pytest.raises(ClusterError, match="a task was lost 4 times"):
+        map_on(cluster.address, lambda n: os.kill(os.getpid(), signal.SIGKILL), [0])
+
+
+def test_a_node_that_goes_takes_nothing_along(cluster):
+    more = cluster.add_node(num_cpus=1, object_store_memory=100_000_000)
+    cluster.wait_for_nodes()
+
+    def slow(n: int) -> int:
+        time.sleep(1)
+        return -n
+
+    threading.Timer(1.5, lambda: cluster.remove_node(more, allow_graceful=False)).start()
+    assert map_on(cluster.address, slow, range(9)) == [-n for n in range(9)]
+
+
+def test_the_functions_own_error_is_the_callers(cluster):
+    with pytest.raises(ZeroDivisionError):
+        map_on(cluster.address, lambda n: 1 // n, [1, 0])
+
+
+def test_tables_go_along_once(cluster, tmp_path):
+    class Heavy:
+        """Counts in a file how often it is taken apart."""
+
+        def __init__(self, path: Path) -> None:
+            self.path, self.content = path, bytes(5_000_000)
+
+        def __reduce__(self):
+            with self.path.open("a") as file:
+                file.write("x")
+            return len, (b"abc",)
+
+    heavy = Heavy(tmp_path / "times")
+    assert map_on(cluster.address, lambda n: (n, heavy)[0], range(12)) == [*range(12)]
+    assert heavy.path.read_text() == "x"
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9", "nonsense"])
+def test_a_cluster_that_is_not_there_is_named(address):
+    ray.shutdown()
+    with pytest.raises(ClusterError, match=f"no Ray cluster at {address!r}"):
+        map_on(address, len, ["a"])
