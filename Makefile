@@ -105,6 +105,7 @@ pytest: .installed
 
 check-delivery: .installed .installed-delivery  ## workflows, manifests, Dockerfile and code, by the tools of the field; needs npm
 	$(BIN)/python -m deploy.check
+	$(BIN)/pytest -rs tests/test_image.py
 
 # COMPONENT=inference is the REST service, any other runs a stage; tags as the delivery gives them
 NAME = ml-fashion-recommender/$(COMPONENT)

@@ -1,6 +1,6 @@
 """The images: what they hold, the stages in them as a cluster runs them, and their answers.
 
-Images are named by IMAGE_STAGE and IMAGE_API, or built where there is Docker.
+Images are named by IMAGE_STAGE, IMAGE_API and IMAGE_LAB, or built where there is Docker.
 """
 
 import json
@@ -190,6 +190,30 @@ def played(images: dict[str, str], settings: dict[str, str]) -> str:
         container[probe]["httpGet"]["port"] = int(settings["HM_PORT"])
     container |= {"image": images["api"], "imagePullPolicy": "Never"}
     return yaml.safe_dump_all(kept)
+
+
+@pytest.mark.skipif(
+    ENGINE != "docker" and not os.environ.get("IMAGE_LAB"), reason="IMAGE_LAB names no image"
+)
+def test_the_lab_opens_the_notebooks():
+    image, port, name = os.environ.get("IMAGE_LAB", ""), free_port(), "hm-reco-test-lab"
+    if not image:
+        image = "hm-reco-lab:test"
+        engine("build", "--target", "lab", "--tag", image, str(ROOT))
+    words = ["--ip=127.0.0.1", f"--port={port}", "--no-browser", "--notebook-dir=nbs"]
+    engine("rm", "--force", name, check=False)
+    engine("run", "--detach", "--name", name, *BOUND, image, *words)
+    try:
+        wait_for(f"http://127.0.0.1:{port}/api", 60)
+        log = engine("exec", name, "sh", "-c", "jupyter server list")
+        token = re.search(r"token=(\w+)", log)
+        assert token  # without it nobody gets in
+        address = f"http://127.0.0.1:{port}/api/contents"
+        assert httpx.get(address).status_code == 403
+        listed = httpx.get(address, params={"token": token[1]}).json()["content"]
+        assert {"00_start.ipynb", "stages"} <= {one["name"] for one in listed}
+    finally:
+        engine("rm", "--force", name)
 
 
 @pytest.mark.skipif(ENGINE != "podman", reason="kube play is podman's")
