@@ -74,8 +74,8 @@ COPY --from=workbench /opt/venv /opt/venv
 COPY nbs nbs
 USER 10001
 EXPOSE 8888
-ENTRYPOINT ["jupyter", "lab"]
-CMD ["--ip=0.0.0.0", "--no-browser", "--notebook-dir=nbs"]
+ENTRYPOINT ["entrypoint"]
+CMD ["jupyter", "lab", "--ip=0.0.0.0", "--no-browser", "--notebook-dir=nbs"]
 
 FROM runtime AS stage
 COPY --from=whole /opt/venv /opt/venv

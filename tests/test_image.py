@@ -200,7 +200,14 @@ def test_the_lab_opens_the_notebooks():
     if not image:
         image = "hm-reco-lab:test"
         engine("build", "--target", "lab", "--tag", image, str(ROOT))
-    words = ["--ip=127.0.0.1", f"--port={port}", "--no-browser", "--notebook-dir=nbs"]
+    words = [
+        "jupyter",
+        "lab",
+        "--ip=127.0.0.1",
+        f"--port={port}",
+        "--no-browser",
+        "--notebook-dir=nbs",
+    ]
     engine("rm", "--force", name, check=False)
     engine("run", "--detach", "--name", name, *BOUND, image, *words)
     try:
