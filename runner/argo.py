@@ -26,6 +26,14 @@ USER = 10001  # of the image
 HEADER = "# Written by `hm deploy argo --write` from runner/pipeline.yaml and the notebooks.\n"
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes out what stands in several places, without aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Never an alias."""
+        return True
+
+
 def _slug(stage: Stage) -> str:
     """A stage's name as Argo wants names."""
     return stage.name.replace("_", "-")
@@ -132,8 +140,8 @@ def workflows(stages: Mapping[str, Stage], schedule: str = NIGHTLY) -> str:
         {"apiVersion": API, "kind": kind, "metadata": meta, "spec": spec}
         for kind, spec in kinds.items()
     ]
-    yaml.SafeDumper.ignore_aliases = lambda *_: True  # type: ignore[method-assign]
-    return HEADER + yaml.safe_dump_all(documents, sort_keys=False, width=100, explicit_start=True)
+    options: dict[str, Any] = {"sort_keys": False, "width": 100, "explicit_start": True}
+    return HEADER + yaml.dump_all(documents, Dumper=_Dumper, **options)
 
 
 def write_workflows(stages: Mapping[str, Stage], schedule: str = NIGHTLY) -> Path:

@@ -88,14 +88,14 @@ def read_aws_file(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: {'; '.join(wrong)} (it may have {known})") from None
     return content
 
-# %% ../../nbs/core/00_settings.ipynb #9f3f57e1
+# %% ../../nbs/core/00_settings.ipynb #df41b56b
 def _folder(name: str) -> Any:
     """A setting that names a folder of a lake on S3 otherwise."""
     about = f"Folder of {name} below the lake's prefix on S3; never changed once there is a lake"
     alias = f"s3_{name}_prefix"
     return Field(name, validation_alias=alias, pattern=r"^[A-Za-z0-9][\w-]*$", description=about)
 
-
+# %% ../../nbs/core/00_settings.ipynb #9f3f57e1
 class Settings(BaseSettings):
     """Where data live and how the service listens; each field can be set as `HM_<NAME>`."""
 
