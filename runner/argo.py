@@ -17,7 +17,6 @@ from runner.parameters import resolve
 
 NAME = "hm-reco-pipeline"
 IMAGES = "ml-fashion-recommender"  # overlays put a registry and digests in its place
-API = "argoproj.io/v1alpha1"
 MANIFEST = Path("deploy/pipeline/base/workflow.yaml")
 OWN = ("lake", "run_id")  # parameters that the workflow sets itself
 KILLED = "lastRetry.status == 'Error' or lastRetry.exitCode in ['137', '143']"
@@ -137,7 +136,7 @@ def workflows(stages: Mapping[str, Stage], schedule: str = NIGHTLY) -> str:
         },
     }
     documents = [
-        {"apiVersion": API, "kind": kind, "metadata": meta, "spec": spec}
+        {"apiVersion": "argoproj.io/v1alpha1", "kind": kind, "metadata": meta, "spec": spec}
         for kind, spec in kinds.items()
     ]
     options: dict[str, Any] = {"sort_keys": False, "width": 100, "explicit_start": True}

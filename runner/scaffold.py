@@ -13,7 +13,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from runner.argo import write_workflows
+from runner.argo import MANIFEST, write_workflows
 from runner.graph import PIPELINE, PipelineError, choose, load_pipeline, project_root
 
 FENCE = re.compile(r"^```python *(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -42,8 +42,9 @@ def _check(name: str, root: Path) -> None:
         raise PipelineError(f"stage name {name!r}: expected {expected}")
     if name in load_pipeline() or list((root / "nbs").rglob(f"[0-9]*_{name}.ipynb")):
         raise PipelineError(f"stage name {name!r}: it is taken; hm plan lists the stages")
-    if not (root / "nbs" / "stages").is_dir() or not PIPELINE.is_relative_to(root):
-        raise PipelineError(f"{root} holds no nbs/stages: a new stage needs a clone of the project")
+    needed = (root / "nbs" / "stages", (root / MANIFEST).parent)
+    if not all(folder.is_dir() for folder in needed) or not PIPELINE.is_relative_to(root):
+        raise PipelineError(f"{root} is no clone of the project, which a new stage needs")
     if not Path(sys.executable).with_name("nbdev-export").exists():
         raise PipelineError("nbdev is not installed, which exports notebooks: make .installed")
 
