@@ -7,14 +7,19 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 ray = pytest.importorskip("ray")
 from ray.cluster_utils import Cluster  # noqa: E402
 
-from hm_reco.core.cluster import ClusterError, map_on  # noqa: E402
+from hm_reco.core.cluster import ClusterError, map_on, reduce_on  # noqa: E402
+from hm_reco.core.lake import open_lake, scan  # noqa: E402
+from hm_reco.core.sample import write_sample  # noqa: E402
 from hm_reco.model.recommend import Recommender, predict_all  # noqa: E402
 from hm_reco.service.switch import load, wanted  # noqa: E402
+from hm_reco.stages.ingestion import ingest  # noqa: E402
+from hm_reco.stages.processing import PROCESSED, process  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +43,44 @@ def test_predictions_are_those_of_one_process(cluster, recommender, monkeypatch,
     here = predict_all(recommender, shards)
     monkeypatch.setenv("HM_CLUSTER", cluster.address)
     assert predict_all(recommender, shards).equals(here)
+
+
+def processed(lake) -> dict[str, pl.DataFrame]:
+    """All rows of the processed tables, in one order, without the shards' numbers."""
+    names = [name for name in PROCESSED if name != "processed/basis"]
+    frames = {name: scan(lake, name).drop("shard", strict=False).collect() for name in names}
+    return {name: frame.sort(frame.columns) for name, frame in frames.items()}
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_processed_tables_are_those_of_one_process(cluster, monkeypatch, tmp_path, shards):
+    write_sample(tmp_path / "source", 300, seed=3)
+    late = tmp_path / "source" / "transactions_train.csv"
+    rows = pl.read_csv(late, infer_schema=False)
+    lakes = [open_lake(str(tmp_path / name)) for name in ("here", "there")]
+    for part in (rows.gather_every(2), rows):  # all weeks anew, then what changed in them
+        part.write_csv(late)
+        for lake, address in zip(lakes, ("", cluster.address), strict=True):
+            monkeypatch.setenv("HM_CLUSTER", address)
+            ingest(lake, str(tmp_path / "source"))
+            process(lake, shards)
+        here, there = (processed(lake) for lake in lakes)
+        for name, frame in here.items():
+            assert there[name].equals(frame), name
+        assert here["processed/purchases"]["units"].sum() == part.height
+
+
+def test_what_is_added_up_on_the_cluster_is_complete(cluster):
+    def one(n: int) -> dict[int, int]:
+        return {n: 1}
+
+    def add(left: dict[int, int], right: dict[int, int]) -> dict[int, int]:
+        return {key: left.get(key, 0) + right.get(key, 0) for key in left | right}
+
+    for many in (1, 2, 7):
+        assert reduce_on(cluster.address, one, add, range(many)) == dict.fromkeys(range(many), 1)
+    with pytest.raises(ZeroDivisionError):
+        reduce_on(cluster.address, lambda n: 1 // n, add, [1, 0, 2])
 
 
 def test_tasks_run_on_both_nodes_and_results_keep_their_order(cluster):

@@ -6,7 +6,7 @@
 __all__ = ['LakePath', 'CURRENT', 'STAGE_OF', 'FOLDERS', 'DERIVED', 'BRANCH', 'PROPERTIES', 'PLAIN', 'local_path', 'Lake',
            'open_lake', 'stage_of', 'folders_of', 'read_vouched', 'vouch', 'branch', 'find_file', 'MissingTableError',
            'has_table', 'open_table', 'table_version', 'scan', 'write', 'write_batches', 'append', 'newest_version',
-           'remove_rows', 'put_file', 'write_json', 'write_manifest', 'read_manifest', 'read_and_written',
+           'see_newest', 'remove_rows', 'put_file', 'write_json', 'write_manifest', 'read_manifest', 'read_and_written',
            'table_names', 'take_back']
 
 # %% ../../nbs/core/01_lake.ipynb #9111b184
@@ -54,8 +54,8 @@ class Lake:
     folders: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)  # renamed
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process reaches the lake with its own settings and credentials."""
-        return open_lake, (self.root,)
+        """Another process reaches the lake with its own credentials, and sees the same versions."""
+        return _open_at, (self.root, self.vouched)
 
     def uri(self, name: str) -> str:
         """Where table `name` lies."""
@@ -87,6 +87,12 @@ def open_lake(root: str | None = None, settings: Settings | None = None) -> Lake
     if "://" in root:
         raise ValueError(f"lake {root!r}: expected a folder or s3://bucket/prefix")
     return Lake(str(local_path(root)))
+
+
+def _open_at(root: str, vouched: dict[str, dict[str, int]]) -> Lake:
+    lake = open_lake(root)
+    lake.__dict__["vouched"] = vouched
+    return lake
 
 # %% ../../nbs/core/01_lake.ipynb #8042efc1
 def _renamed(settings: Settings) -> dict[str, str]:
@@ -271,7 +277,7 @@ def write(
         storage_options=lake.options or None,
         delta_write_options=options,
     )
-    return _written(lake, name)
+    return see_newest(lake, name)
 
 # %% ../../nbs/core/01_lake.ipynb #85f890b0
 PLAIN = WriterProperties(default_column_properties=ColumnProperties(dictionary_enabled=False))
@@ -319,7 +325,7 @@ def write_batches(
             raise
         _hand_over(todo, None, writing)
         writing.result()
-    return _written(lake, name)
+    return see_newest(lake, name)
 
 # %% ../../nbs/core/01_lake.ipynb #e327140b
 def _arrow(first: pl.DataFrame, todo: Queue) -> Iterator[RecordBatch]:
@@ -355,7 +361,7 @@ def append(lake: Lake, name: str, frame: pl.DataFrame, extend: bool = False) -> 
         configuration=PROPERTIES,
         storage_options=lake.options or None,
     )
-    return _written(lake, name)
+    return see_newest(lake, name)
 
 # %% ../../nbs/core/01_lake.ipynb #cbbde2f7
 def _newest(lake: Lake, name: str) -> DeltaTable:
@@ -367,8 +373,8 @@ def newest_version(lake: Lake, name: str) -> int:
     return _newest(lake, name).version()
 
 # %% ../../nbs/core/01_lake.ipynb #c9c5e20d
-def _written(lake: Lake, name: str) -> int:
-    """The newest version of a table, which its writer sees from now on."""
+def see_newest(lake: Lake, name: str) -> int:
+    """The newest version of a table, whoever wrote it; the lake shows that from now on."""
     version = _newest(lake, name).version()
     stage = stage_of(name)
     if stage in lake.vouched:
@@ -379,7 +385,7 @@ def _written(lake: Lake, name: str) -> int:
 def remove_rows(lake: Lake, name: str, only: str) -> int:
     """Remove the rows that fulfil an SQL condition; returns the table's version."""
     _newest(lake, name).delete(only)
-    return _written(lake, name)
+    return see_newest(lake, name)
 
 # %% ../../nbs/core/01_lake.ipynb #cc76cb48
 def put_file(path: LakePath, content: bytes | str) -> LakePath:
