@@ -184,7 +184,7 @@ def test_every_feature_is_documented_and_exact(whole):
         for name in {table for table, _ in documented}
         for column in scan(whole, name).collect_schema().names()
     }
-    keys = {"week", "article", "customer"}
+    keys = {"shard", "week", "article", "customer"}
     assert {pair for pair in found if pair[1] not in keys} == documented
     assert all(all(feature) for feature in FEATURES)
     bought = scan(whole, "processed/purchases").collect()
