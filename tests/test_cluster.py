@@ -6,7 +6,9 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import mkdtemp
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -16,7 +18,17 @@ from ray.cluster_utils import Cluster  # noqa: E402
 from hm_reco.core.cluster import ClusterError, map_on, reduce_on  # noqa: E402
 from hm_reco.core.lake import open_lake, scan  # noqa: E402
 from hm_reco.core.sample import write_sample  # noqa: E402
+from hm_reco.model.evaluation import Plan, evaluate  # noqa: E402
+from hm_reco.model.history import History, load_history, sample_history  # noqa: E402
+from hm_reco.model.known import count_sales  # noqa: E402
+from hm_reco.model.ranker import RankerSettings  # noqa: E402
 from hm_reco.model.recommend import Recommender, predict_all  # noqa: E402
+from hm_reco.model.tower import (  # noqa: E402
+    Tower,
+    TowerSettings,
+    learn_vocabulary,
+    to_bytes,
+)
 from hm_reco.service.switch import load, wanted  # noqa: E402
 from hm_reco.stages.ingestion import ingest  # noqa: E402
 from hm_reco.stages.processing import PROCESSED, process  # noqa: E402
@@ -68,6 +80,46 @@ def test_processed_tables_are_those_of_one_process(cluster, monkeypatch, tmp_pat
         for name, frame in here.items():
             assert there[name].equals(frame), name
         assert here["processed/purchases"]["units"].sum() == part.height
+
+
+@pytest.fixture(scope="module")
+def real() -> History | None:
+    """Purchases of H&M's customers, where they are at hand; they are no part of this project."""
+    folder = Path(__file__).parents[2] / "shared" / "data" / "hm-1364-customers"
+    if not folder.is_dir():
+        return None
+    lake = open_lake(mkdtemp())
+    ingest(lake, str(folder))
+    process(lake)
+    return load_history(lake)
+
+
+@pytest.mark.parametrize("world", ["sample", "real"])
+def test_an_evaluation_is_that_of_one_process(cluster, monkeypatch, real, world):
+    history = sample_history(800) if world == "sample" else real
+    if history is None:
+        pytest.skip("the data of H&M's customers are not here")
+    plan = Plan(history.day, evaluation_weeks=3, training_weeks=6, refit_every=2)
+    results = []
+    for address in ("", cluster.address):
+        monkeypatch.setenv("HM_CLUSTER", address)
+        tower = Tower(learn_vocabulary(history.articles), TowerSettings(examples=2_000, batch=256))
+        results.append(evaluate(history, plan, RankerSettings(rounds=20), tower))
+    here, there = results
+    for name in ("lists", "scores", "people", "shelf", "wanted", "scored"):
+        assert getattr(here, name).equals(getattr(there, name)), name
+    assert here.booster.model_to_string() == there.booster.model_to_string()
+    assert to_bytes(here.tower) == to_bytes(there.tower) and here.probe.budget == there.probe.budget
+    assert np.array_equal(here.sample.values, there.sample.values, equal_nan=True)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 5])
+def test_sales_are_counted_on_the_cluster_as_here(cluster, monkeypatch, shards):
+    shop = sample_history(500)
+    here = count_sales(shop, 1).sales
+    monkeypatch.setenv("HM_CLUSTER", cluster.address)
+    there = count_sales(shop, shards).sales
+    assert here.days.equals(there.days) and here.again.equals(there.again)
 
 
 def test_what_is_added_up_on_the_cluster_is_complete(cluster):

@@ -91,7 +91,7 @@ def test_a_tower_that_knows_the_week_is_refused(shop):
     tower = _tower(shop)
     advance(tower, shop)
     with pytest.raises(ValueError, match="the tower has learned until"):
-        open_week(shop, shop.day - WEEK, tower=tower)
+        tower.space(as_of(shop, shop.day - WEEK))
 
 
 def test_labels_are_only_of_the_week(shop):

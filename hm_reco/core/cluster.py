@@ -8,11 +8,8 @@ __all__ = ['Item', 'Result', 'RETRIES', 'AHEAD', 'AUTO', 'ClusterError', 'join',
 # %% ../../nbs/core/19_cluster.ipynb #d8dd171b
 import os
 import socket
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
-
-from .progress import track
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -69,18 +66,23 @@ def _call(function: Callable[[Item], Result], item: Item) -> Result:
 
 
 def _handed_out(
-    ray: Any, function: Callable[..., Any], items: Iterable[Any], name: str
+    ray: Any, function: Callable[..., Any], items: Iterable[Any]
 ) -> Iterator[tuple[int, Any]]:
     """The places of the items and what holds their results, as they are done."""
     shared, task = _put(ray, function), ray.remote(_call).options(max_retries=RETRIES)
-    waiting, running = deque(enumerate(items)), dict[Any, int]()
     limit = AHEAD * max(int(ray.cluster_resources().get("CPU", 1)), 1)
-    for _ in track(range(len(waiting)), name):
-        while waiting and len(running) < limit:
-            at, item = waiting.popleft()
-            running[task.remote(shared, item)] = at
-        [done], _others = ray.wait([*running], num_returns=1, fetch_local=False)
-        yield running.pop(done), done
+    running = dict[Any, int]()
+    for at, item in enumerate(items):
+        running[task.remote(shared, item)] = at
+        if len(running) == limit:
+            yield _next(ray, running)
+    while running:
+        yield _next(ray, running)
+
+
+def _next(ray: Any, running: dict[Any, int]) -> tuple[int, Any]:
+    [done], _ = ray.wait([*running], num_returns=1, fetch_local=False)
+    return running.pop(done), done
 
 
 def _put(ray: Any, value: Any) -> Any:
@@ -100,15 +102,13 @@ def _result(ray: Any, done: Any) -> Any:
         raise ClusterError(f"a task was lost {RETRIES + 1} times: {err}") from err
 
 # %% ../../nbs/core/19_cluster.ipynb #20a4b6dc
-def map_on(
-    address: str, function: Callable[[Item], Result], items: Iterable[Item], name: str = "tasks"
-) -> list[Result]:
+def map_on(address: str, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """`function(item)` for each item, on the cluster at `address`; the results in order.
 
     Raises `ClusterError`, and what the function raises.
     """
     ray = join(address)
-    found = {at: _result(ray, done) for at, done in _handed_out(ray, function, items, name)}
+    found = {at: _result(ray, done) for at, done in _handed_out(ray, function, items)}
     return [found[at] for at in sorted(found)]
 
 # %% ../../nbs/core/19_cluster.ipynb #705174ef
@@ -117,7 +117,6 @@ def reduce_on(
     function: Callable[[Item], Result],
     add: Callable[[Result, Result], Result],
     items: Iterable[Item],
-    name: str = "tasks",
 ) -> Result:
     """All `function(item)` added up, as a tree; at least one item.
 
@@ -126,7 +125,7 @@ def reduce_on(
     ray = join(address)
     adder, plus = _put(ray, add), ray.remote(_add).options(max_retries=RETRIES)
     sums = dict[int, Any]()  # by their height in the tree
-    for _, part in _handed_out(ray, function, items, name):
+    for _, part in _handed_out(ray, function, items):
         total, height = part, 0
         while height in sums:
             total, height = plus.remote(adder, sums.pop(height), total), height + 1

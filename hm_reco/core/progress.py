@@ -23,9 +23,12 @@ def _watched() -> bool:
     return "ipykernel" in sys.modules or sys.stderr.isatty()
 
 # %% ../../nbs/core/04_progress.ipynb #e266ce37
-def track(items: Iterable[Item], name: str) -> Iterable[Item]:
-    """The items, one by one; how many are done is shown once a second under `name`."""
-    total = len(items) if isinstance(items, Sized) else None  # a loop of one shows nothing
+def track(items: Iterable[Item], name: str, total: int | None = None) -> Iterable[Item]:
+    """The items, one by one; how many are done is shown once a second under `name`.
+
+    Their number is `total`, where the items do not know it.
+    """
+    total = len(items) if isinstance(items, Sized) else total  # a loop of one shows nothing
     line = LINE if total is not None else "{desc}: {n_fmt}, {elapsed} gone"
     return tqdm(
         items,

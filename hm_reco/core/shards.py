@@ -6,8 +6,9 @@
 __all__ = ['Item', 'Result', 'shard_of', 'map_shards', 'reduce_shards']
 
 # %% ../../nbs/core/05_shards.ipynb #bc2b281f
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import polars as pl
@@ -30,20 +31,25 @@ def map_shards(
     shards: Iterable[Item],
     name: str = "shards",
     at_once: int = 1,
+    total: int | None = None,
 ) -> list[Result]:
     """`function(shard)` for each shard, in order; how far it is, is shown under `name`.
 
     On the cluster that `HM_CLUSTER` names, if it names one; else in this process, `at_once` in
-    threads side by side.
+    threads side by side. Shards (`total` of them) may be made one by one, when they are needed.
     """
+    tracked = track(shards, name, total)
     if address := Settings().cluster:
-        return map_on(address, function, shards, name)
-    todo = list(shards)
+        return map_on(address, function, tracked)
     if at_once == 1:
-        return [function(shard) for shard in track(todo, name)]
+        return [function(shard) for shard in tracked]
+    running, done = deque[Future[Result]](), list[Result]()
     with ThreadPoolExecutor(at_once) as pool:
-        results = pool.map(function, todo)
-        return [next(results) for _ in track(todo, name)]
+        for shard in tracked:
+            if len(running) == at_once:
+                done.append(running.popleft().result())
+            running.append(pool.submit(function, shard))
+    return done + [last.result() for last in running]
 
 # %% ../../nbs/core/05_shards.ipynb #9857fdb0
 def reduce_shards(
@@ -57,7 +63,7 @@ def reduce_shards(
     On the cluster that `HM_CLUSTER` names, if it names one, as a tree.
     """
     if address := Settings().cluster:
-        return reduce_on(address, function, add, shards, name)
+        return reduce_on(address, function, add, track(shards, name))
     first, *rest = shards
     total = function(first)
     for shard in track(rest, name):

@@ -10,7 +10,6 @@ __all__ = ['CUSTOMER', 'PAIR', 'SHARED', 'RELATION', 'FEATURES', 'REASONS', 'cus
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import date
-from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
@@ -38,9 +37,7 @@ from hm_reco.model.candidates import (
 from .compiled import compiled, in_threads
 from .history import History, as_of, week_of
 from .known import ONLINE, STATE, Known, learn
-
-if TYPE_CHECKING:
-    from hm_reco.model.tower import Tower
+from .space import Space
 
 # %% ../../nbs/model/07_features.ipynb #b51931d7
 @compiled
@@ -395,20 +392,18 @@ def open_week(
     days: int = 7,
     customers: int = 0,
     seed: int = 0,
-    tower: "Tower | None" = None,
+    space: Space | None = None,
 ) -> Week:
     """The `days` days from `day` on; of its buyers at most `customers` (0: all), by lot.
 
-    Raises `ValueError` when the `tower` has learned from days that are not known on `day`.
+    The `space` is that of a tower as of `day`.
     """
-    if tower and tower.until and tower.until > day:
-        raise ValueError(f"the tower has learned until {tower.until}, beyond {day}")
     before, sold = as_of(history, day), week_of(history, day, days)
     who = sold.select("customer").unique().sort("customer")
     if 0 < customers < who.height:
         who = who.sample(customers, seed=seed).sort("customer")
         sold = sold.join(who, on="customer", how="semi")
-    known, own = learn(before, tower), own_purchases(before, who)
+    known, own = replace(learn(before), space=space), own_purchases(before, who)
     return Week(known, open_shop(known, before), own, gather(known, own, who), who, sold)
 
 # %% ../../nbs/model/07_features.ipynb #51e8181f

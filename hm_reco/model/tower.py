@@ -438,7 +438,12 @@ def from_bytes(data: bytes) -> Tower:
 
 # %% ../../nbs/model/03_tower.ipynb #1b6ffffd
 def open_space(tower: Tower, history: History) -> Space:
-    """Place all articles of a history, with prices as paid before its day."""
+    """Place all articles of a history, with prices as paid before its day.
+
+    Raises `ValueError` when the tower has learned from later days.
+    """
+    if tower.until and tower.until > history.day:
+        raise ValueError(f"the tower has learned until {tower.until}, beyond {history.day}")
     content = read_content(tower, history)
     with torch.inference_mode():
         parts = [
