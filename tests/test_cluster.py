@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -18,10 +19,12 @@ from ray.cluster_utils import Cluster  # noqa: E402
 from hm_reco.core.cluster import ClusterError, map_on, reduce_on  # noqa: E402
 from hm_reco.core.lake import open_lake, scan  # noqa: E402
 from hm_reco.core.sample import write_sample  # noqa: E402
+from hm_reco.model import tuning  # noqa: E402
 from hm_reco.model.evaluation import Plan, evaluate  # noqa: E402
+from hm_reco.model.features import Matrix, labelled, open_week  # noqa: E402
 from hm_reco.model.history import History, load_history, sample_history  # noqa: E402
 from hm_reco.model.known import count_sales  # noqa: E402
-from hm_reco.model.ranker import RankerSettings  # noqa: E402
+from hm_reco.model.ranker import RankerSettings, thin  # noqa: E402
 from hm_reco.model.recommend import Recommender, predict_all  # noqa: E402
 from hm_reco.model.tower import (  # noqa: E402
     Tower,
@@ -29,6 +32,7 @@ from hm_reco.model.tower import (  # noqa: E402
     learn_vocabulary,
     to_bytes,
 )
+from hm_reco.model.tuning import Exam, exam_of  # noqa: E402
 from hm_reco.service.switch import load, wanted  # noqa: E402
 from hm_reco.stages.ingestion import ingest  # noqa: E402
 from hm_reco.stages.processing import PROCESSED, process  # noqa: E402
@@ -120,6 +124,45 @@ def test_sales_are_counted_on_the_cluster_as_here(cluster, monkeypatch, shards):
     monkeypatch.setenv("HM_CLUSTER", cluster.address)
     there = count_sales(shop, shards).sales
     assert here.days.equals(there.days) and here.again.equals(there.again)
+
+
+@pytest.fixture(scope="module")
+def lesson() -> tuple[list[Matrix], list[Exam]]:
+    shop = sample_history(500)
+    weeks = [open_week(shop, shop.day - timedelta(days=28 * n), days=28) for n in (1, 2, 3)]
+    matrices = [labelled(week) for week in weeks]
+    thinned = [thin(matrix, 0.2, n) for n, matrix in enumerate(matrices[1:])]
+    return thinned, [exam_of(weeks[0], matrices[0])]
+
+
+def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(
+    cluster, lesson, lake, monkeypatch, tmp_path
+):
+    mark, real = tmp_path / "killed", tuning.segment
+
+    def killed_once(told, begun):
+        if begun.trees and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        with (tmp_path / "segments").open("a") as file:
+            file.write(f"{begun.trees}\n")
+        return real(told, begun)
+
+    here = tuning.tune(lake, "here", *lesson, RankerSettings())
+    monkeypatch.setattr(tuning, "segment", killed_once)
+    monkeypatch.setenv("HM_CLUSTER", cluster.address)
+    there = tuning.tune(lake, "there", *lesson, RankerSettings())
+    assert mark.exists() and there.settings == here.settings and there.value == here.value
+    begun = [int(line) for line in (tmp_path / "segments").read_text().split()]
+    assert begun == sorted(set(begun)) and len(begun) > 1  # no segment was done twice
+
+
+def test_trials_go_on_side_by_side(cluster, lesson, lake, monkeypatch):
+    monkeypatch.setenv("HM_CLUSTER", cluster.address)
+    tuned = tuning.tune(lake, "study", *lesson, RankerSettings(), minutes=0.1)
+    trials = tuned.trials.filter(pl.col("state") != "lost")
+    assert trials.height > 2 and trials["trial"].is_duplicated().sum() == 0
+    assert trials["seconds"].sum() > 6  # more than there was time for one after the other
 
 
 def test_what_is_added_up_on_the_cluster_is_complete(cluster):

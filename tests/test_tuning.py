@@ -1,7 +1,9 @@
 """A study survives its process, and luck does not choose."""
 
 from datetime import timedelta
+from itertools import islice
 
+import lightgbm as lgb
 import numpy as np
 import polars as pl
 import pytest
@@ -12,8 +14,17 @@ from hm_reco.model import tuning
 from hm_reco.model.evaluation import Plan, evaluate
 from hm_reco.model.features import labelled, open_week
 from hm_reco.model.history import sample_history
-from hm_reco.model.ranker import RankerSettings, in_order, thin
-from hm_reco.model.tuning import exam_of, joined, smoothed, some_of, tune
+from hm_reco.model.ranker import RankerSettings, in_order, pooled, thin
+from hm_reco.model.tuning import (
+    Lesson,
+    course,
+    enough_trees,
+    exam_of,
+    joined,
+    smoothed,
+    some_of,
+    tune,
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,20 +41,20 @@ def weeks(shop):
 def test_a_study_goes_on_after_a_kill(lake: Lake, weeks, monkeypatch):
     exams = [exam_of(week, matrix) for week, matrix in weeks[:1]]
     learned = [thin(matrix, 0.2, n) for n, (_, matrix) in enumerate(weeks[1:])]
-    real, calls = tuning.enough_trees, []
+    real, calls = tuning.segment, []
 
-    def killed(*words):
-        calls.append(1)
-        if len(calls) == 3:
+    def killed(lesson, begun):
+        calls.append(begun.trees == 0)
+        if sum(calls) == 3:  # the third trial
             raise KeyboardInterrupt
-        return real(*words)
+        return real(lesson, begun)
 
-    monkeypatch.setattr(tuning, "enough_trees", killed)
+    monkeypatch.setattr(tuning, "segment", killed)
     with pytest.raises(KeyboardInterrupt):
         tune(lake, "study", learned, exams, RankerSettings(), minutes=5)
     again = tune(lake, "study", learned, exams, RankerSettings(), minutes=0)
     done = again.trials.filter(state="complete")
-    assert done["trial"].to_list()[:2] == [0, 1] and len(calls) == 3
+    assert done["trial"].to_list()[:2] == [0, 1] and sum(calls) == 3
     assert again.settings.rounds in done["rounds"].to_list()
 
 
@@ -51,10 +62,14 @@ def test_a_lucky_trial_does_not_replace_the_usual_settings(lake: Lake, weeks, mo
     usual = RankerSettings()
     exams = [exam_of(week, matrix) for week, matrix in weeks[:1]]
     count = exams[0].customers.size
-    marks = iter([np.full(count, 0.02), np.r_[np.full(count - 1, 0.02), 0.9]])
-    monkeypatch.setattr(tuning, "enough_trees", lambda *words: (50, next(marks)))
-    monkeypatch.setattr(tuning, "_complete", lambda study: study.trials[1].state.is_finished())
-    tuned = tune(lake, "luck", [m for _, m in weeks[1:]], exams, usual)
+    plain, lucky = np.full(count, 0.02), np.r_[np.full(count - 1, 0.02), 0.9]
+
+    def marked(_lesson, begun):
+        return begun, [plain if begun.settings == usual else lucky] * (tuning.PATIENCE + 1)
+
+    monkeypatch.setattr(tuning, "segment", marked)
+    tuned = tune(lake, "luck", [m for _, m in weeks[1:]], exams, usual, minutes=0.002)
+    assert tuned.trials.height > 1
     assert tuned.trials["value"].to_list()[1] > tuned.trials["value"].to_list()[0]
     assert tuned.settings.num_leaves == usual.num_leaves and tuned.value == pytest.approx(0.02)
 
@@ -74,6 +89,18 @@ def test_settings_are_chosen_on_weeks_before_the_judged_ones(shop):
     assert result.scores["day"].min() == shop.day - timedelta(days=14)
 
 
+def test_a_segment_is_as_grown_in_one_go(weeks):
+    exam = joined([exam_of(week, matrix) for week, matrix in weeks[:1]])
+    learned = [thin(matrix, 0.2, n) for n, (_, matrix) in enumerate(weeks[1:])]
+    settings, trees = RankerSettings(), tuning.STEP * tuning.SEGMENT
+    marks = [*islice(course(Lesson(learned, exam), settings), tuning.SEGMENT + 1)]
+    whole = lgb.Booster(settings.parameters(), pooled(learned))
+    for _ in range(trees):
+        whole.update()
+    scores = whole.predict(exam.week.values, raw_score=True)
+    assert np.allclose(marks[-2], exam.mark(scores)) and not np.array_equal(marks[-1], marks[-2])
+
+
 def test_smoothing_by_hand():
     assert smoothed([1.0] * 9 + [10.0])[0] == 1.0
     assert smoothed([1.0] * 9 + [10.0])[-1] == pytest.approx((4 * 1.0 + 10.0) / 5)
@@ -83,15 +110,11 @@ def test_the_fewest_trees_that_are_no_clear_loss(monkeypatch):
     even = np.tile([0.2, 0.4], 50)
     steps = [0.5 * even, even - 0.001 * (np.arange(100) % 3), even]  # the middle is .001 behind
 
-    def trees_when(marks: list[np.ndarray]) -> tuple[int, np.ndarray]:
-        monkeypatch.setattr(tuning, "AROUND", 0)
-        monkeypatch.setattr(tuning, "course", lambda *words: iter(marks))
-        return tuning.enough_trees(None, None, RankerSettings())
-
-    assert trees_when(steps)[0] == 3 * tuning.STEP  # behind for two of three customers: clear
+    monkeypatch.setattr(tuning, "AROUND", 0)
+    assert enough_trees(steps)[0] == 3 * tuning.STEP  # behind for two of three customers: clear
     noisy = even + 0.05 * np.random.default_rng(0).standard_normal(100)
     noisy += (even - noisy).mean() - 0.001  # just as far behind, here more, there less
-    trees, marks = trees_when([steps[0], noisy, even])
+    trees, marks = enough_trees([steps[0], noisy, even])
     assert trees == 2 * tuning.STEP and np.allclose(marks, noisy)
 
 
