@@ -54,7 +54,7 @@ def least_bytes(learner: Learner, index: Tensor) -> dict[str, int]:
     seen = rows.article[back.clamp_min(0)].flatten()
     asked = int(torch.unique(rows.article[index]).numel()) + settings.drawn
     met = int(torch.unique(torch.cat([seen, rows.article[index]])).numel()) + settings.drawn
-    content = learner.content.words[0].nbytes + learner.content.codes[0].nbytes
+    content = learner.loss.content.words[0].nbytes + learner.loss.content.codes[0].nbytes
     vectors = (met + seen.numel() + len(index)) * settings.width * FLOAT
     return {
         "weights, gradients, moments": 8 * weights * FLOAT,  # four read, four written

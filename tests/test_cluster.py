@@ -5,12 +5,15 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from tempfile import mkdtemp
 
 import numpy as np
 import polars as pl
+import psutil
 import pytest
 
 ray = pytest.importorskip("ray")
@@ -20,15 +23,17 @@ from hm_reco.core.cluster import ClusterError, map_on, reduce_on  # noqa: E402
 from hm_reco.core.lake import open_lake, scan  # noqa: E402
 from hm_reco.core.sample import write_sample  # noqa: E402
 from hm_reco.model import tuning  # noqa: E402
-from hm_reco.model.evaluation import Plan, evaluate  # noqa: E402
+from hm_reco.model.evaluation import Plan, Trainers, evaluate  # noqa: E402
 from hm_reco.model.features import Matrix, labelled, open_week  # noqa: E402
 from hm_reco.model.history import History, load_history, sample_history  # noqa: E402
 from hm_reco.model.known import count_sales  # noqa: E402
-from hm_reco.model.ranker import RankerSettings, thin  # noqa: E402
+from hm_reco.model.ranker import RankerSettings, thin, train  # noqa: E402
 from hm_reco.model.recommend import Recommender, predict_all  # noqa: E402
+from hm_reco.model.together import Crew  # noqa: E402
 from hm_reco.model.tower import (  # noqa: E402
     Tower,
     TowerSettings,
+    advance,
     learn_vocabulary,
     to_bytes,
 )
@@ -36,6 +41,7 @@ from hm_reco.model.tuning import Exam, exam_of  # noqa: E402
 from hm_reco.service.switch import load, wanted  # noqa: E402
 from hm_reco.stages.ingestion import ingest  # noqa: E402
 from hm_reco.stages.processing import PROCESSED, process  # noqa: E402
+from hm_reco.stages.training import trainers_of  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +169,67 @@ def test_trials_go_on_side_by_side(cluster, lesson, lake, monkeypatch):
     trials = tuned.trials.filter(pl.col("state") != "lost")
     assert trials.height > 2 and trials["trial"].is_duplicated().sum() == 0
     assert trials["seconds"].sum() > 6  # more than there was time for one after the other
+
+
+@pytest.fixture(scope="module")
+def crew(cluster, tmp_path_factory) -> Crew:
+    return Crew(cluster.address, 2, str(tmp_path_factory.mktemp("training")))
+
+
+def small_tower(shop: History) -> Tower:
+    settings = TowerSettings(examples=20_000, batch=256)
+    return Tower(learn_vocabulary(shop.articles), settings)
+
+
+def test_two_workers_lose_what_one_loses(crew):
+    shop = sample_history(300)
+    alone, shared = small_tower(shop), small_tower(shop)
+    one, two = advance(alone, shop), crew.advance(shared, shop)
+    assert len(one) == len(two) > 20 and one[-1] < one[0]
+    assert np.allclose(one, two, atol=0.01) and one != two
+    assert shared.until == alone.until and shared.steps == alone.steps
+    assert not list(Path(crew.storage).iterdir())
+
+
+def test_a_worker_that_is_killed_while_the_tower_learns_costs_nothing(crew):
+    shop = sample_history(300)
+    alone, shared = small_tower(shop), small_tower(shop)
+    killed: list[int] = []
+
+    def kill() -> None:
+        while not killed:
+            for one in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    if "RayTrainWorker.run_train_fn" in " ".join(one.cmdline()):
+                        time.sleep(4)  # it has begun
+                        one.kill()
+                        return killed.append(one.pid)
+            time.sleep(0.1)
+        return None
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    one, two = advance(alone, shop), crew.advance(shared, shop)
+    thread.join()
+    assert killed and np.allclose(one[-len(two) :], two, atol=0.01)
+
+
+def test_two_workers_rank_as_well_as_one(crew, lesson):
+    learned, [exam] = lesson
+    settings = RankerSettings(rounds=60)
+    one, two = (
+        exam.mark(np.asarray(booster.predict(exam.week.values)))
+        for booster in (train(learned, settings), crew.train(learned, settings))
+    )
+    assert one.mean() > 0.01 and abs(one.mean() - two.mean()) < 0.2 * one.mean()
+    with pytest.raises(ValueError, match="2 weeks for 3 workers"):
+        replace(crew, workers=3).train(learned, settings)
+
+
+def test_workers_need_a_cluster(lake):
+    assert trainers_of(lake) == Trainers()
+    with pytest.raises(ValueError, match="HM_CLUSTER is empty"):
+        trainers_of(lake, 2)
 
 
 def test_what_is_added_up_on_the_cluster_is_complete(cluster):

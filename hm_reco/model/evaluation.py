@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Found', 'FIRST_DAYS', 'LEARN_FROM', 'TUNE_ON', 'PROBE', 'MOST_ROWS', 'FEWEST_FOR_EACH', 'MOST_FOR_EACH', 'Find',
-           'SHARES', 'MOST_SCORED', 'Plan', 'weekly_buyers', 'fitted', 'Probe', 'probe', 'Turn', 'Work', 'Walk',
-           'Evaluation', 'evaluate', 'thinned', 'means', 'difference', 'Verdict', 'judge', 'ladder_table']
+           'SHARES', 'MOST_SCORED', 'Plan', 'weekly_buyers', 'fitted', 'Probe', 'probe', 'Trainers', 'Turn', 'Work',
+           'Walk', 'Evaluation', 'evaluate', 'thinned', 'means', 'difference', 'Verdict', 'judge', 'ladder_table']
 
 # %% ../../nbs/model/12_evaluation.ipynb #ac7651a8
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -154,6 +154,13 @@ def probe(
     )
 
 # %% ../../nbs/model/12_evaluation.ipynb #eed391dd
+class Trainers(NamedTuple):
+    """Who trains tower and ranker: this process, or a crew (`hm_reco.model.together`)."""
+
+    advance: Callable[..., object] = advance
+    train: Callable[..., lgb.Booster] = train
+
+
 class Turn(NamedTuple):
     """A week whose turn it is, by how many weeks back it lies."""
 
@@ -194,6 +201,7 @@ class Walk:
     plan: Plan
     tower: Tower | None = None
     keep: Callable[[Tower], object] | None = None  # saves the tower now and then
+    trainers: Trainers = Trainers()  # noqa: RUF009 - a tuple
     opened: dict[int, Week] = field(default_factory=dict)  # the oldest weeks, when probed
 
     def turns(self, backs: Iterable[int]) -> Iterator[Turn]:
@@ -201,7 +209,7 @@ class Walk:
         for back in backs:
             before = as_of(self.history, self.plan.day(back))
             if self.tower:
-                advance(self.tower, before, save=self.keep)
+                self.trainers.advance(self.tower, before, save=self.keep)
             yield Turn(back, self.tower.space(before) if self.tower else None)
 
     def decide(self, first: int) -> Probe:
@@ -377,6 +385,7 @@ def evaluate(
     tower: Tower | None = None,
     find: Find | None = None,
     keep: Callable[[Tower], object] | None = None,
+    trainers: Trainers = Trainers(),  # noqa: B008 - a tuple
 ) -> Evaluation:
     """Judge the ladder and the ranker by the plan, and train the ranker for `plan.as_of`.
 
@@ -386,7 +395,7 @@ def evaluate(
     settings = settings or RankerSettings()
     plan = fitted(plan if find else replace(plan, tuning_weeks=0), history)
     history = history if history.sales else count_sales(history)
-    walk = Walk(history, plan, tower, keep)
+    walk = Walk(history, plan, tower, keep, trainers)
     tuned = plan.evaluation_weeks + plan.tuning_weeks  # type: ignore[operator]
     oldest = tuned + plan.training_weeks  # type: ignore[operator]
     probed = walk.decide(oldest)
@@ -400,12 +409,12 @@ def evaluate(
         learned += [week for _, week in looked]
     judged: list[dict[str, pl.DataFrame]] = []
     for block in plan.blocks():
-        booster = train(learned[-plan.pooled_weeks :], settings)  # type: ignore[operator]
+        booster = trainers.train(learned[-plan.pooled_weeks :], settings)  # type: ignore[operator]
         looked_at = walk.over(block, Work(history, plan, probed.budget, partial(_judge, booster)))
         judged += [tables for tables, _ in looked_at]
         learned += [week for _, week in looked_at]
     if tower:
-        advance(tower, history, save=keep)
+        trainers.advance(tower, history, save=keep)
     return _outcome(walk, probed, judged, learned, settings)
 
 # %% ../../nbs/model/12_evaluation.ipynb #f168174a
@@ -430,7 +439,7 @@ def _outcome(
         plan=walk.plan,
         **tables,
         scored=shares.sort("share"),
-        booster=train(learned[-walk.plan.pooled_weeks :], settings),  # type: ignore[operator]
+        booster=walk.trainers.train(learned[-walk.plan.pooled_weeks :], settings),  # type: ignore[operator]
         settings=settings,
         probe=probed,
         tower=walk.tower,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WORDS', 'WORDS_OF_ARTICLE', 'LEVELS', 'PRICES', 'MOMENTS', 'SAVE_EVERY', 'EPOCH', 'Vocabulary', 'learn_vocabulary',
            'Content', 'read_content', 'TowerSettings', 'ArticleTower', 'CustomerTower', 'Tower', 'Rows', 'to_rows',
-           'gap_band', 'sampled_softmax', 'Learner', 'advance', 'to_bytes', 'from_bytes', 'open_space']
+           'gap_band', 'sampled_softmax', 'Loss', 'Learner', 'advance', 'to_bytes', 'from_bytes', 'open_space']
 
 # %% ../../nbs/model/03_tower.ipynb #11a28fdf
 import json
@@ -259,44 +259,47 @@ def gap_band(days: Tensor) -> Tensor:
 
 # %% ../../nbs/model/03_tower.ipynb #9bb9963a
 def sampled_softmax(score: Tensor, right: Tensor, number: Tensor, logq: Tensor) -> Tensor:
-    """Mean loss of `score` (n, m), customers by articles, of which the `right` (n,) were bought.
+    """Loss of `score` (n, m), customers by articles, of which the `right` (n,) were bought: a sum.
 
     `number` (m,) are the articles' numbers, `logq` (m,) the logarithms of how often each is drawn.
     """
     score = score - logq
     same = number.unsqueeze(0) == number[right].unsqueeze(1)
     same.scatter_(1, right.unsqueeze(1), False)
-    return nn.functional.cross_entropy(score.masked_fill(same, -1e4).float(), right)
+    return nn.functional.cross_entropy(
+        score.masked_fill(same, -1e4).float(), right, reduction="sum"
+    )
 
-# %% ../../nbs/model/03_tower.ipynb #82005459
-class Learner:
-    """A tower with its optimizer, and the purchases it learns from, on one device."""
+# %% ../../nbs/model/03_tower.ipynb #8966330f
+class Loss(nn.Module):
+    """The mean loss of a batch, or a process' share of it: the shares' mean is the batch's."""
 
-    def __init__(self, tower: Tower, history: History, rows: Rows, device: torch.device) -> None:
-        """On a device; bf16 where that is a GPU. `rows` are of the history."""
-        self.tower, self.device = tower.to(device), device
-        self.content, self.rows = read_content(tower, history).to(device), rows.to(device)
-        self.adam = torch.optim.Adam(tower.parameters(), lr=tower.settings.rate)
-        _restore(tower, self.adam)
-        sold = _times_sold(history).to(device)
+    def __init__(
+        self, tower: Tower, content: Content, rows: Rows, sold: Tensor, part: tuple[int, int]
+    ) -> None:
+        """`sold` says how often each article was bought; `part`: see `Learner`."""
+        super().__init__()
+        self.tower, self.content, self.rows, self.part = tower, content, rows, part
         self.sold = (sold + 1.0).log()
         # an article is a wrong answer when it is in the batch, or drawn
         settings = tower.settings
-        often = settings.batch * sold / sold.sum() + settings.drawn / len(sold)
-        self.logq = often.log()
+        self.logq = (settings.batch * sold / sold.sum() + settings.drawn / len(sold)).log()
 
-    def learn(self, index: Tensor) -> Tensor:
-        """One step on the examples `index`; returns the loss, on the device."""
-        settings = self.tower.settings
-        draw = torch.Generator().manual_seed(settings.seed * 1_000_003 + self.tower.steps)
-        extra = torch.randint(len(self.logq), (settings.drawn,), generator=draw).to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            loss = _loss(self, index, extra)
-        self.adam.zero_grad(set_to_none=True)
-        loss.backward()
-        self.adam.step()
-        self.tower.steps += 1
-        return loss.detach()
+    def forward(self, index: Tensor, extra: Tensor) -> Tensor:
+        """Of the examples `index`, with the articles `extra` as more wrong answers."""
+        tower, rows, (number, all_) = self.tower, self.rows, self.part
+        mine = torch.arange(number, len(index), all_, device=index.device)
+        back, gap, valid = _past(rows, index[mine], tower.settings.recent)
+        wanted = torch.cat([rows.article[back].flatten(), rows.article[index], extra])
+        article, place = torch.unique(wanted, return_inverse=True)
+        vectors = tower.article(self.content.rows(article))
+        seen = vectors[place[: back.numel()]].view(*back.shape, -1)
+        answers, right = torch.unique(place[back.numel() :], return_inverse=True)
+        who = tower.customer(seen, gap, valid, rows.age[index[mine]])
+        asked = article[answers]
+        score = who @ vectors[answers].T / tower.settings.temperature + self.sold[asked]
+        loss = sampled_softmax(score, right[: len(index)][mine], asked, self.logq[asked])
+        return loss * all_ / len(index)
 
 # %% ../../nbs/model/03_tower.ipynb #ad837bba
 def _times_sold(history: History) -> Tensor:
@@ -306,20 +309,44 @@ def _times_sold(history: History) -> Tensor:
     sold[counts["article"].to_numpy()] = counts["len"].to_numpy()
     return torch.from_numpy(sold)
 
+# %% ../../nbs/model/03_tower.ipynb #82005459
+class Learner:
+    """A tower with its optimizer, and the purchases it learns from, on one device."""
 
-def _loss(learner: Learner, index: Tensor, extra: Tensor) -> Tensor:
-    """The loss on the examples `index`, with the articles `extra` as more wrong answers."""
-    tower, rows = learner.tower, learner.rows
-    back, gap, valid = _past(rows, index, tower.settings.recent)
-    wanted = torch.cat([rows.article[back].flatten(), rows.article[index], extra])
-    number, place = torch.unique(wanted, return_inverse=True)
-    vectors = tower.article(learner.content.rows(number))
-    seen = vectors[place[: back.numel()]].view(*back.shape, -1)
-    answers, right = torch.unique(place[back.numel() :], return_inverse=True)
-    who = tower.customer(seen, gap, valid, rows.age[index])
-    asked = number[answers]
-    score = who @ vectors[answers].T / tower.settings.temperature + learner.sold[asked]
-    return sampled_softmax(score, right[: len(index)], asked, learner.logq[asked])
+    def __init__(
+        self,
+        tower: Tower,
+        history: History,
+        rows: Rows,
+        device: torch.device,
+        part: tuple[int, int] = (0, 1),
+        wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
+    ) -> None:
+        """On a device; bf16 where that is a GPU. `rows` are of the history.
+
+        `part` is the number of this process and that of all who learn together, and `wrap` makes
+        them one; see `hm_reco.model.together`.
+        """
+        self.tower, self.device = tower.to(device), device
+        self.rows = rows.to(device)
+        self.adam = torch.optim.Adam(tower.parameters(), lr=tower.settings.rate)
+        _restore(tower, self.adam)
+        content, sold = read_content(tower, history).to(device), _times_sold(history).to(device)
+        self.articles = len(sold)
+        self.loss = wrap(Loss(tower, content, self.rows, sold, part))
+
+    def learn(self, index: Tensor) -> Tensor:
+        """One step on the examples `index`; returns the loss, on the device."""
+        settings = self.tower.settings
+        draw = torch.Generator().manual_seed(settings.seed * 1_000_003 + self.tower.steps)
+        extra = torch.randint(self.articles, (settings.drawn,), generator=draw).to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            loss = self.loss(index, extra)
+        self.adam.zero_grad(set_to_none=True)
+        loss.backward()
+        self.adam.step()
+        self.tower.steps += 1
+        return loss.detach()
 
 # %% ../../nbs/model/03_tower.ipynb #e760f4db
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam remembers of a weight
@@ -348,17 +375,22 @@ SAVE_EVERY = 500  # steps
 
 
 def advance(
-    tower: Tower, history: History, device: str = "", save: Callable[[Tower], object] | None = None
+    tower: Tower,
+    history: History,
+    device: str = "",
+    save: Callable[[Tower], object] | None = None,
+    part: tuple[int, int] = (0, 1),
+    wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
 ) -> list[float]:
     """Learn from the purchases between `tower.until` and `history.day`; the losses of the steps.
 
     At most from the newest `settings.examples`, more than once where they are few. `device` is by
-    default a GPU, if there is one.
+    default a GPU, if there is one; `part` and `wrap`: see `Learner`.
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     rows = to_rows(history, tower.until)
     batches = _batches(tower, rows, history.day)
-    learner = Learner(tower, history, rows, where)
+    learner = Learner(tower, history, rows, where, part, wrap)
     losses, todo = [], batches[tower.done :]
     with _deterministic():
         for batch in todo if tower.until else track(todo, "steps of the tower"):
