@@ -108,7 +108,7 @@ class Crew:
         from ray import train
 
         # lost processes: while they train, and while they find each other
-        limits = {"max_failures": RETRIES, "controller_failure_limit": RETRIES}
+        limits: dict[str, Any] = {"max_failures": RETRIES, "controller_failure_limit": RETRIES}
         fitted = trainer(
             loop,
             train_loop_config=given,
