@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from hm_reco.core import commands
+from hm_reco.core.cluster import ClusterError
 from hm_reco.core.commands import JsonOption, LakeOption, WaitOption, console, show, told
 from hm_reco.core.lake import Lake, open_lake, read_vouched
 from hm_reco.core.settings import ServiceSettings
@@ -109,6 +110,9 @@ def run(
     run_id: Annotated[
         str, typer.Option("--run-id", help="Name of the run; one that exists goes on.")
     ] = "",
+    on: Annotated[
+        str, typer.Option("--on", help="ray: each stage as a job of the cluster HM_CLUSTER.")
+    ] = "",
     wait: WaitOption = None,
     verbose: VerboseOption = False,
     as_json: JsonOption = False,
@@ -120,13 +124,21 @@ def run(
     from runner.graph import choose, load_pipeline
     from runner.graph import upstream as before
 
-    with told(StageError):
+    with told(StageError, ClusterError):
+        if on not in ("", "ray"):
+            raise ValueError(f"--on {on}: expected ray")
         run_id, target = named_run(run_id) if run_id else new_run_id(), open_lake(lake)
         if upstream and stages:
             chosen = [stage.name for stage in choose(load_pipeline(), stages)]
             stages = before(load_pipeline(), chosen)
         todo = _jobs(stages or [], data, parameter or [], params, run_id)
-        entries = _run(target, todo, Board(console, verbose, as_json), jobs, force, wait)
+        board = Board(console, verbose, as_json)
+        if on:
+            from runner.remote import run_on_ray
+
+            entries = run_on_ray(target, todo, board, jobs, force)
+        else:
+            entries = _run(target, todo, board, jobs, force, wait)
     if as_json:
         return print(json.dumps([vars(entry) for entry in entries], default=str, indent=2))
     if all(entry.state == "reused" for entry in entries):
@@ -342,6 +354,7 @@ def runs(
                 "run": e.run_id,
                 "stage": e.stage,
                 "state": e.state,
+                "where": ("Ray: " if e.job else "") + e.host,
                 "seconds": round(e.seconds, 1),
                 "CPU s": round(e.cpu_seconds, 1),
                 "peak MB": round(e.peak_memory_mb),
@@ -441,14 +454,15 @@ def argo(
     ] = False,
 ) -> None:
     """The graph of stages as a WorkflowTemplate and a CronWorkflow of Argo."""
-    from runner.argo import workflows, write_workflows
     from runner.graph import load_pipeline
+    from runner.manifests import manifests, write_manifests
 
     with told():
         stages = load_pipeline()
         if write:
-            return console.print(f"written: {write_workflows(stages, schedule)}", soft_wrap=True)
-        return print(workflows(stages, schedule), end="")
+            [*paths] = map(str, write_manifests(stages, schedule))
+            return console.print(f"written: {', '.join(paths)}", soft_wrap=True)
+        return print(manifests(stages, schedule)["argo"], end="")
 
 
 app.add_typer(commands.app)

@@ -84,8 +84,11 @@ def always(job: Job) -> Decision:
 class Execution:
     """Jobs that run side by side, as far as their stages' order and `limit` allow."""
 
-    def __init__(self, lake: Lake, jobs: Sequence[Job], board: Board, limit: int) -> None:
-        """Nothing runs yet."""
+    def __init__(
+        self, lake: Lake, jobs: Sequence[Job], board: Board, limit: int, run_one: Any = run_stage
+    ) -> None:
+        """Nothing runs yet; `run_one` runs a stage once, see `run_stage`."""
+        self.run_one = run_one
         self.lake, self.board, self.limit = lake, board, limit
         self.waiting = list(jobs)
         self.running: dict[Future[Entry], tuple[Job, Watch]] = {}
@@ -149,7 +152,7 @@ class Execution:
 
     def _attempts(self, job: Job, key: dict[str, Any], watch: Watch) -> Entry:
         while True:
-            entry = run_stage(self.lake, job, key, watch, self.board)
+            entry = self.run_one(self.lake, job, key, watch, self.board)
             again = entry.state in ("failed", "killed", "timeout") and not self.stop
             if not again or watch.attempt > job.stage.retries:
                 return entry

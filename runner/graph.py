@@ -54,7 +54,9 @@ class Stage(BaseModel):
     sweep: dict[str, Any] = {}  # parameters of a sweep's trials
     timeout: float | None = Field(None, gt=0)  # seconds
     image: str = ""  # the component whose image it runs in; empty: its own
-    memory: str = Field("8Gi", pattern=r"^[1-9]\d*[MG]i$")  # in a cluster, at full size
+    cpus: float = Field(1, gt=0)  # in a cluster, as are memory (at full size) and gpu
+    memory: str = Field("8Gi", pattern=r"^[1-9]\d*[MG]i$")
+    gpu: int = Field(0, ge=0)
     retries: int = Field(0, ge=0, le=10)  # after a failure; there are none unless declared
     headline: dict[str, str] = {}  # label: path of a figure in the manifest's metrics
 

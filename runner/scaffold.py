@@ -13,8 +13,8 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from runner.argo import MANIFEST, write_workflows
 from runner.graph import PIPELINE, PipelineError, choose, load_pipeline, project_root
+from runner.manifests import FILES, write_manifests
 
 FENCE = re.compile(r"^```python *(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NAME = re.compile(r"[a-z][a-z0-9_]{1,40}")
@@ -42,7 +42,7 @@ def _check(name: str, root: Path) -> None:
         raise PipelineError(f"stage name {name!r}: expected {expected}")
     if name in load_pipeline() or list((root / "nbs").rglob(f"[0-9]*_{name}.ipynb")):
         raise PipelineError(f"stage name {name!r}: it is taken; hm plan lists the stages")
-    needed = (root / "nbs" / "stages", (root / MANIFEST).parent)
+    needed = (root / "nbs" / "stages", *((root / file).parent for file in FILES.values()))
     if not all(folder.is_dir() for folder in needed) or not PIPELINE.is_relative_to(root):
         raise PipelineError(f"{root} is no clone of the project, which a new stage needs")
     if not Path(sys.executable).with_name("nbdev-export").exists():
@@ -83,4 +83,4 @@ def new_stage(name: str, after: str) -> list[Path]:
         command = [str(Path(sys.executable).with_name(tool)), *words]
         subprocess.run(command, check=True, cwd=root)
     module = root / "hm_reco" / "stages" / f"{name}.py"
-    return [notebook, test, PIPELINE, module, write_workflows(load_pipeline())]
+    return [notebook, test, PIPELINE, module, *write_manifests(load_pipeline())]

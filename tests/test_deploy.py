@@ -17,9 +17,9 @@ from deploy.gitops import ATTEMPTS, GitOpsError, publish, set_image
 from deploy.gitops import main as tell
 from deploy.tag import branch_part, tags
 from deploy.tag import main as tag
-from runner.argo import workflows
 from runner.cli import app
 from runner.graph import load_pipeline
+from runner.manifests import FILES, manifests
 
 SHA = "0123456789abcdef0123456789abcdef01234567"  # pragma: allowlist secret
 DIGEST, OTHER = ("sha256:" + digit * 64 for digit in "ab")
@@ -82,7 +82,8 @@ def test_no_secret_of_a_checkout_gets_into_an_image():
 
 
 def test_the_workflow_of_argo_is_the_graph():
-    assert workflows(load_pipeline()) == Path("deploy/pipeline/base/workflow.yaml").read_text()
+    made = manifests(load_pipeline())
+    assert {name: Path(file).read_text() for name, file in FILES.items()} == made
 
 
 def test_a_schedule_is_the_callers():

@@ -109,6 +109,9 @@ class Settings(BaseSettings):
     cluster: str = Field(
         "", description="Ray cluster for work by shards: auto, ray://head:10001; empty: none"
     )
+    dashboard: str = Field(
+        "", description="Ray's dashboard, which takes jobs; empty: port 8265 of the cluster's head"
+    )
     s3_data_lake_bucket: str = Field(
         "",
         validation_alias="s3_data_lake_bucket",
