@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ import pytest
 ray = pytest.importorskip("ray")
 from ray.cluster_utils import Cluster  # noqa: E402
 
-from hm_reco.core.cluster import ClusterError, map_on, reduce_on  # noqa: E402
+from hm_reco.core.cluster import ClusterError, join, map_on, reduce_on  # noqa: E402
 from hm_reco.core.lake import open_lake, scan  # noqa: E402
 from hm_reco.core.sample import write_sample  # noqa: E402
 from hm_reco.model import tuning  # noqa: E402
@@ -106,10 +108,10 @@ def real() -> History | None:
 
 @pytest.mark.parametrize("world", ["sample", "real"])
 def test_an_evaluation_is_that_of_one_process(cluster, monkeypatch, real, world):
-    history = sample_history(800) if world == "sample" else real
+    history = sample_history(400) if world == "sample" else real
     if history is None:
         pytest.skip("the data of H&M's customers are not here")
-    plan = Plan(history.day, evaluation_weeks=3, training_weeks=6, refit_every=2)
+    plan = Plan(history.day, evaluation_weeks=3, training_weeks=4, refit_every=2)
     results = []
     for address in ("", cluster.address):
         monkeypatch.setenv("HM_CLUSTER", address)
@@ -264,6 +266,61 @@ def test_a_killed_process_loses_nothing(cluster, tmp_path):
 
     assert map_on(cluster.address, once, range(6)) == [n * n for n in range(6)]
     assert (tmp_path / "3").exists()
+
+
+WORK = """
+import sys, time
+from hm_reco.core.lake import open_lake
+from hm_reco.stages import processing
+if sys.argv[2] == "slow":
+    real = processing.process_block
+    def slow(*words):
+        moved = real(*words)
+        time.sleep(60)  # some weeks are written, but the run is not over
+        return moved
+    processing.process_block = slow
+processing.WEEKS_AT_ONCE = 40
+processing.process(open_lake(sys.argv[1]), 2)
+"""
+
+
+def test_a_driver_that_is_killed_leaves_nothing_behind(cluster, tmp_path):
+    write_sample(tmp_path / "source", 300, seed=3)
+    here, there = (open_lake(str(tmp_path / name)) for name in ("here", "there"))
+    for lake in (here, there):
+        ingest(lake, str(tmp_path / "source"))
+    process(here, 2)
+    words = [sys.executable, "-c", WORK, there.root]
+    env = os.environ | {"HM_CLUSTER": cluster.address}
+    with subprocess.Popen([*words, "slow"], env=env, start_new_session=True) as driver:
+        deadline = time.monotonic() + 60
+        while not there.path("processed", "weekly_customers").exists():
+            assert time.monotonic() < deadline and driver.poll() is None
+            time.sleep(0.2)
+        time.sleep(2)
+        driver.kill()
+    subprocess.run([*words, "again"], env=env, check=True, timeout=120)
+    for name, frame in processed(here).items():
+        assert processed(there)[name].equals(frame), name
+
+
+def test_what_does_not_fit_into_the_object_store_is_told(cluster, monkeypatch):
+    join(cluster.address)
+    monkeypatch.setattr(ray, "put", full)
+    with pytest.raises(ClusterError, match="does not fit into the cluster"):
+        map_on(cluster.address, len, ["a"])
+
+
+def full(_value):
+    raise ray.exceptions.ObjectStoreFullError
+
+
+def test_results_larger_than_the_object_store_spill_and_come_back(cluster):
+    def large(n: int) -> np.ndarray:
+        return np.full(10_000_000, n)  # 80 MB; a node's store has 200
+
+    sums = reduce_on(cluster.address, large, np.add, range(8))
+    assert sums[0] == sum(range(8)) and (sums == sums[0]).all()
 
 
 def test_a_process_that_always_dies_is_told(cluster):
