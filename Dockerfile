@@ -1,7 +1,8 @@
-# One image in three targets:
-#   stage  runs any stage:   docker run IMAGE run training -p evaluation_weeks=4
-#   api    the REST service: docker run -p 8080:8080 -e HM_LAKE=s3://bucket/lake IMAGE
-#   lab    JupyterLab on the notebooks
+# One image in four targets:
+#   stage    runs any stage:   docker run IMAGE run training -p evaluation_weeks=4
+#   api      the REST service: docker run -p 8080:8080 -e HM_LAKE=s3://bucket/lake IMAGE
+#   lab      JupyterLab on the notebooks
+#   cluster  any stage, on the machines of a Ray cluster: head and workers
 # Non-root, made for a read-only root file system with a writable /tmp (--read-only --tmpfs /tmp).
 FROM docker.io/library/python:3.11-slim AS base
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
@@ -50,6 +51,10 @@ COPY nbs/stages nbs/stages
 COPY deploy/warm.py ./
 RUN python warm.py
 
+FROM running AS crowd
+RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['cluster'], sep='\n')" > cluster.txt \
+ && pip install -c requirements.lock -r cluster.txt
+
 FROM running AS workbench
 RUN pip install -c requirements.lock jupyterlab nbdime
 
@@ -76,6 +81,18 @@ USER 10001
 EXPOSE 8888
 ENTRYPOINT ["entrypoint"]
 CMD ["jupyter", "lab", "--ip=0.0.0.0", "--no-browser", "--notebook-dir=nbs"]
+
+# KubeRay asks a node by wget whether it is well
+FROM runtime AS cluster
+# hadolint ignore=DL3008
+RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends wget \
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt/*
+COPY --from=crowd /opt/venv /opt/venv
+COPY --from=whole /opt/venv/lib/python3.11/site-packages/hm_reco/__pycache__ /opt/venv/lib/python3.11/site-packages/hm_reco/__pycache__
+COPY nbs/stages nbs/stages
+USER 10001
+ENTRYPOINT ["entrypoint"]
+CMD ["--help"]
 
 FROM runtime AS stage
 COPY --from=whole /opt/venv /opt/venv

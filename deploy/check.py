@@ -70,8 +70,13 @@ def _argo(root: Path) -> list[str]:
     return _manifests("argo", root)
 
 
+def _ray(root: Path) -> list[str]:
+    """KubeRay knows every field of its kinds."""
+    return _manifests("ray", root)
+
+
 def _references(root: Path) -> list[str]:
-    """What workflows of Argo name is there."""
+    """What workflows and clusters name is there."""
     return _manifests("references", root)
 
 
@@ -99,6 +104,7 @@ CHECKS: dict[str, Callable[[Path], list[str]]] = {
     "secrets": _secrets,
     "kubernetes": _kubernetes,
     "argo": _argo,
+    "ray": _ray,
     "references": _references,
     "checkov": _checkov,
     "act": _act,

@@ -1,8 +1,9 @@
 """What a cluster is given, held against what it knows: python -m deploy.manifests CHECK.
 
 Kustomizations with a namespace are rendered as ArgoCD would, by kubectl. `kubernetes` takes every
-field of every kind that Kubernetes has; `argo` those of Argo, by its types; `references` looks
-whether what Argo's templates name is there; `checkov` for what is known to be unsafe.
+field of every kind that Kubernetes has; `argo` those of Argo, by its types; `ray` those of KubeRay
+that we know (its pods are Kubernetes'); `references` looks whether what templates name is there;
+`checkov` for what is known to be unsafe.
 """
 
 import argparse
@@ -19,7 +20,22 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 BIN, NODE = ROOT / ".venv-delivery" / "bin", ROOT / "build" / "checks"
-ARGO = "argoproj.io/"
+ARGO, RAY = "argoproj.io/", "ray.io/"
+# KubeRay's types are in no package; these are the fields of https://ray-project.github.io/kuberay
+# (ray.io/v1) that are ours to use, at each place
+KUBERAY = {
+    "spec": (
+        "entrypoint submissionMode shutdownAfterJobFinishes ttlSecondsAfterFinished backoffLimit"
+        " activeDeadlineSeconds rayClusterSpec runtimeEnvYAML suspend"
+    ),
+    "spec.rayClusterSpec": (
+        "headGroupSpec workerGroupSpecs rayVersion enableInTreeAutoscaling autoscalerOptions"
+    ),
+    "spec.rayClusterSpec.headGroupSpec": "rayStartParams template serviceType",
+    "spec.rayClusterSpec.workerGroupSpecs": (
+        "groupName replicas minReplicas maxReplicas rayStartParams template numOfHosts"
+    ),
+}
 DIGEST = re.compile(r"@sha256:[0-9a-f]{64}$")
 NAME = re.compile(r"[a-zA-Z0-9][-a-zA-Z0-9]*")
 VERSION = "1.34"  # of Kubernetes
@@ -27,6 +43,8 @@ VARIABLE = re.compile(r"\{\{(.*?)\}\}")
 SKIPPED = (
     "CKV_K8S_11",  # a limit on CPU slows a service down while cores are idle; memory has one
 )
+# KubeRay gives the pods of a cluster their probes
+PROBED = {f"checkov.io/skip{n}": f"CKV_K8S_{n}=set by KubeRay" for n in (8, 9)}
 Document = dict[str, Any]
 
 
@@ -55,8 +73,8 @@ def kubernetes(root: Path) -> Iterator[str]:
     from kubernetes_validate import utils  # of the tools' own environment
 
     for place, documents in rendered(root).items():
-        for document in documents:
-            if document["apiVersion"].startswith(ARGO):
+        for document in [*documents, *_pods(documents)]:
+            if document["apiVersion"].startswith((ARGO, RAY)):
                 continue
             try:
                 utils.validate(document, VERSION, strict=True)
@@ -74,6 +92,43 @@ def argo(root: Path) -> Iterator[str]:
         yield done.stdout + done.stderr
 
 
+def _pods(documents: list[Document]) -> Iterator[Document]:
+    """The pods of KubeRay's clusters, as such."""
+    for document in documents:
+        if document["apiVersion"].startswith(RAY):
+            cluster = document["spec"]["rayClusterSpec"]
+            for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+                template, name = group["template"], group.get("groupName", "head")
+                meta = template["metadata"] | {"name": name, "annotations": PROBED}
+                meta["namespace"] = document["metadata"]["namespace"]
+                pod = {"apiVersion": "v1", "kind": "Pod", "metadata": meta}
+                yield pod | {"spec": template["spec"]}
+
+
+def ray(root: Path) -> Iterator[str]:
+    """Fields of KubeRay's kinds that nobody knows; numbers of workers that do not go together."""
+    for place, documents in rendered(root).items():
+        for document in documents:
+            if document["apiVersion"].startswith(RAY):
+                for path, fields in KUBERAY.items():
+                    for part in _at(document, path.split(".")):
+                        for field in sorted({*part} - {*fields.split()}):
+                            yield f"{place}: {document['kind']}: {path}.{field} is not known"
+                for group in _at(document, ["spec", "rayClusterSpec", "workerGroupSpecs"]):
+                    low, now, high = (group[f"{n}eplicas"] for n in ("minR", "r", "maxR"))
+                    if not 0 <= low <= now <= high:
+                        yield f"{place}: {group['groupName']}: {low} <= {now} <= {high} replicas?"
+
+
+def _at(value: Any, path: list[str]) -> Iterator[Document]:
+    """What stands at a path; each part, where that is a list."""
+    for one in value if isinstance(value, list) else [value]:
+        if path:
+            yield from _at(one[path[0]], path[1:])
+        else:
+            yield one
+
+
 def references(root: Path) -> Iterator[str]:
     """What is named and is not there: templates, tasks, parameters, accounts, settings, images."""
     for place, documents in rendered(root).items():
@@ -83,12 +138,23 @@ def references(root: Path) -> Iterator[str]:
         names = {(doc["kind"], doc["metadata"]["name"]) for doc in documents}
         for document in documents:
             where = f"{place}: {document['kind']}"
+            if document["apiVersion"].startswith(RAY):
+                yield from (f"{where}: {fault}" for fault in _unnamed(document, names))
             if document["kind"] == "WorkflowTemplate":
                 yield from (f"{where}: {fault}" for fault in _dangling(document["spec"], names))
             if document["kind"] == "CronWorkflow":
                 named = document["spec"]["workflowSpec"]["workflowTemplateRef"]["name"]
                 if ("WorkflowTemplate", named) not in names:
                     yield f"{where}: no WorkflowTemplate {named!r}"
+
+
+def _unnamed(document: Document, names: set[tuple[str, str]]) -> Iterator[str]:
+    """Accounts and settings that the pods of a cluster name and that are not there."""
+    for pod in _pods([document]):
+        wanted = {("ServiceAccount", pod["spec"]["serviceAccountName"])}
+        for container in pod["spec"]["containers"]:
+            wanted |= {("ConfigMap", one["configMapRef"]["name"]) for one in container["envFrom"]}
+        yield from (f"no {kind} {name!r}" for kind, name in sorted(wanted - names))
 
 
 def _images(value: Any) -> Iterator[str]:
@@ -139,7 +205,7 @@ def checkov(root: Path) -> Iterator[str]:
     with TemporaryDirectory(prefix="manifests-") as folder:
         for place, documents in rendered(root).items():
             file = Path(folder) / f"{place.replace('/', '-')}.yaml"
-            file.write_text(yaml.safe_dump_all(documents))
+            file.write_text(yaml.safe_dump_all([*documents, *_pods(documents)]))
         (Path(folder) / "Dockerfile").write_bytes((root / "Dockerfile").read_bytes())
         options = ["--framework", "kubernetes", "dockerfile", "--compact", "--quiet"]
         options += ["--skip-download", "--skip-check", ",".join(SKIPPED)]
@@ -152,6 +218,7 @@ def checkov(root: Path) -> Iterator[str]:
 CHECKS: dict[str, Callable[[Path], Iterator[str]]] = {
     "kubernetes": kubernetes,
     "argo": argo,
+    "ray": ray,
     "references": references,
     "checkov": checkov,
 }

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import webbrowser
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -446,23 +446,43 @@ def deploy() -> None:
     """Write what a cluster needs to run the pipeline."""
 
 
+WriteOption = Annotated[
+    bool, typer.Option("--write", help="Into the checkout's deploy/, not to the screen.")
+]
+
+
+def _deliver(name: str, render: Callable[[list[Any]], str], write: bool) -> None:
+    from runner.graph import load_pipeline
+    from runner.manifests import steps_of, write_manifest
+
+    with told():
+        text = render(steps_of(load_pipeline()))
+        if write:
+            console.print(f"written: {write_manifest(name, text)}", soft_wrap=True)
+        else:
+            print(text, end="")
+
+
 @deploy_app.command()
 def argo(
     schedule: Annotated[str, typer.Option(help="When, as cron says it, in UTC.")] = "0 3 * * *",
-    write: Annotated[
-        bool, typer.Option("--write", help="Into the checkout's deploy/, not to the screen.")
-    ] = False,
+    write: WriteOption = False,
 ) -> None:
     """The graph of stages as a WorkflowTemplate and a CronWorkflow of Argo."""
-    from runner.graph import load_pipeline
-    from runner.manifests import manifests, write_manifests
+    from hm_reco.core.argo import workflows
 
-    with told():
-        stages = load_pipeline()
-        if write:
-            [*paths] = map(str, write_manifests(stages, schedule))
-            return console.print(f"written: {', '.join(paths)}", soft_wrap=True)
-        return print(manifests(stages, schedule)["argo"], end="")
+    _deliver("argo", lambda steps: workflows(steps, schedule), write)
+
+
+@deploy_app.command()
+def ray(
+    workers: Annotated[int, typer.Option(min=1, help="Machines beside the head.")] = 2,
+    write: WriteOption = False,
+) -> None:
+    """The graph of stages as a RayJob of KubeRay, with a cluster of its own."""
+    from hm_reco.core.kuberay import ray_job
+
+    _deliver("ray", lambda steps: ray_job(steps, workers), write)
 
 
 app.add_typer(commands.app)

@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hm_reco.core.argo import NIGHTLY, Step, workflows
+from hm_reco.core.kuberay import ray_job
 from runner.graph import Stage, project_root
 from runner.parameters import resolve
 
 FILES = {
     "argo": Path("deploy/pipeline/base/workflow.yaml"),
+    "ray": Path("deploy/ray/base/rayjob.yaml"),
 }
 OWN = ("lake", "run_id")  # parameters that a cluster's run sets itself
 
@@ -37,19 +39,16 @@ def steps_of(stages: Mapping[str, Stage]) -> list[Step]:
     ]
 
 
-def manifests(stages: Mapping[str, Stage], schedule: str = NIGHTLY) -> dict[str, str]:
+def manifests(stages: Mapping[str, Stage]) -> dict[str, str]:
     """The manifests for each kind of cluster, as YAML."""
     steps = steps_of(stages)
-    return {"argo": workflows(steps, schedule)}
+    return {"argo": workflows(steps, NIGHTLY), "ray": ray_job(steps)}
 
 
-def write_manifests(stages: Mapping[str, Stage], schedule: str = NIGHTLY) -> list[Path]:
-    """Bring the checkout's manifests up to date. Raises `LookupError` outside of one."""
-    written = []
-    for name, text in manifests(stages, schedule).items():
-        path = project_root() / FILES[name]
-        if not path.parent.is_dir():
-            raise LookupError(f"{path.parent}: no such folder; --write belongs into a checkout")
-        path.write_text(text, encoding="utf-8")
-        written.append(path)
-    return written
+def write_manifest(name: str, text: str) -> Path:
+    """Put a manifest into the checkout. Raises `LookupError` outside of one."""
+    path = project_root() / FILES[name]
+    if not path.parent.is_dir():
+        raise LookupError(f"{path.parent}: no such folder; --write belongs into a checkout")
+    path.write_text(text, encoding="utf-8")
+    return path

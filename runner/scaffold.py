@@ -14,7 +14,7 @@ from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from runner.graph import PIPELINE, PipelineError, choose, load_pipeline, project_root
-from runner.manifests import FILES, write_manifests
+from runner.manifests import FILES, manifests, write_manifest
 
 FENCE = re.compile(r"^```python *(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NAME = re.compile(r"[a-z][a-z0-9_]{1,40}")
@@ -83,4 +83,5 @@ def new_stage(name: str, after: str) -> list[Path]:
         command = [str(Path(sys.executable).with_name(tool)), *words]
         subprocess.run(command, check=True, cwd=root)
     module = root / "hm_reco" / "stages" / f"{name}.py"
-    return [notebook, test, PIPELINE, module, *write_manifests(load_pipeline())]
+    written = [write_manifest(*made) for made in manifests(load_pipeline()).items()]
+    return [notebook, test, PIPELINE, module, *written]

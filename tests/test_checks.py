@@ -40,6 +40,12 @@ FAULTS = {
         "retryPolice: Always",
         "retryPolice",
     ),
+    "ray": (
+        "deploy/ray/base/rayjob.yaml",
+        "shutdownAfterJobFinishes",
+        "shutdownAfterJobFinish",
+        "spec.shutdownAfterJobFinish is not known",
+    ),
     "references": (
         "deploy/pipeline/base/workflow.yaml",
         "{{workflow.parameters.training-seed}}",

@@ -1,6 +1,6 @@
 """The images: what they hold, the stages in them as a cluster runs them, and their answers.
 
-Images are named by IMAGE_STAGE, IMAGE_API and IMAGE_LAB, or built where there is Docker.
+Images are named by IMAGE_STAGE, IMAGE_API, IMAGE_LAB and IMAGE_CLUSTER, or built where there is Docker.
 """
 
 import json
@@ -241,3 +241,18 @@ def test_what_the_cluster_is_given_plays_and_answers(images, lake, cloud, tmp_pa
             assert len(ask(int(settings["HM_PORT"]))["recommendations"][0]["articles"]) == 12
     finally:
         subprocess.run([*podman, "down", str(file)], check=True, capture_output=True, timeout=120)
+
+
+@pytest.mark.skipif(not os.environ.get("IMAGE_CLUSTER"), reason="IMAGE_CLUSTER names no image")
+def test_stages_are_jobs_of_a_ray_cluster_in_its_image():
+    head = "ray start --head --num-cpus 2 --memory 17179869184 --disable-usage-stats > /dev/null"
+    run = "hm run ingestion processing --on ray --lake /tmp/lake -p customers=300"
+    script = f"{head} && {run} && hm runs --json --lake /tmp/lake && wget --version > /dev/null"
+    image = os.environ["IMAGE_CLUSTER"]
+    told = engine("run", "--rm", *BOUND, "--env", "HM_CLUSTER=auto", image, "bash", "-c", script)
+    entries = json.loads(told[told.rindex("\n[") :])
+    assert [(e["stage"], e["state"]) for e in entries] == [
+        ("ingestion", "succeeded"),
+        ("processing", "succeeded"),
+    ]
+    assert all(e["job"].startswith("http://127.0.0.1:8265/#/jobs/") for e in entries)
