@@ -1,6 +1,6 @@
 """The images: what they hold, the stages in them as a cluster runs them, and their answers.
 
-Images are named by IMAGE_STAGE, IMAGE_API, IMAGE_LAB and IMAGE_CLUSTER, or built where there is Docker.
+IMAGE_STAGE, IMAGE_API, IMAGE_LAB and IMAGE_CLUSTER name images; Docker builds the first three.
 """
 
 import json
