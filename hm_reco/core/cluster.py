@@ -44,7 +44,7 @@ def join(address: str) -> Any:
     except ConnectionError as err:
         if address != AUTO:
             raise ClusterError(f"HM_CLUSTER: no Ray cluster at {address!r}: {err}") from err
-        ray.init(**options)
+        ray.init("local", **options)
     return ray
 
 
