@@ -12,6 +12,7 @@ from subprocess import Popen
 import psutil
 
 from hm_reco.core.ledger import Outcome
+from hm_reco.core.settings import Settings
 
 SAMPLE_SECONDS = 0.1
 
@@ -86,7 +87,8 @@ class Watch:
         if code is None:
             return None
         if code >= 0:
-            return Outcome("killed", f"the kernel ended by itself with exit code {code}")
+            lost = "; so it ends when its Ray cluster is lost" if Settings().cluster else ""
+            return Outcome("killed", f"the kernel ended by itself with exit code {code}{lost}")
         cause = f"the kernel was killed by {signal.Signals(-code).name}"
         if code == -signal.SIGKILL:
             peak = f"its memory peaked at {self.peak_memory_mb:.0f} MB"

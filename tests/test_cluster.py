@@ -21,7 +21,7 @@ import pytest
 ray = pytest.importorskip("ray")
 from ray.cluster_utils import Cluster  # noqa: E402
 
-from hm_reco.core.cluster import ClusterError, join, map_on, reduce_on  # noqa: E402
+from hm_reco.core.cluster import ClusterError, map_on, reduce_on  # noqa: E402
 from hm_reco.core.lake import open_lake, scan  # noqa: E402
 from hm_reco.core.sample import write_sample  # noqa: E402
 from hm_reco.model import tuning  # noqa: E402
@@ -304,15 +304,30 @@ def test_a_driver_that_is_killed_leaves_nothing_behind(cluster, tmp_path):
         assert processed(there)[name].equals(frame), name
 
 
-def test_what_does_not_fit_into_the_object_store_is_told(cluster, monkeypatch):
-    join(cluster.address)
-    monkeypatch.setattr(ray, "put", full)
-    with pytest.raises(ClusterError, match="does not fit into the cluster"):
-        map_on(cluster.address, len, ["a"])
+FULL = """
+import numpy as np, ray
+from hm_reco.core.cluster import ClusterError, map_on, reduce_on
+small = {"num_cpus": 1, "object_store_memory": 80_000_000, "include_dashboard": False}
+disk = {"local_fs_capacity_threshold": 0.0001}  # to Ray the disk is full, too
+ray.init("local", logging_level="ERROR", log_to_driver=False, _system_config=disk, **small)
+large = np.zeros(30_000_000)
+for call in (
+    lambda: map_on("auto", lambda n: large.sum() + n, [1]),
+    lambda: reduce_on("auto", lambda n: np.full(5_000_000, n), np.add, range(6)),
+):
+    try:
+        call()
+    except ClusterError as err:
+        print(err)
+"""
 
 
-def full(_value):
-    raise ray.exceptions.ObjectStoreFullError
+def test_an_object_store_that_is_full_is_told():
+    words = [sys.executable, "-c", FULL]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "what all tasks need does not fit into the cluster: Local disk is full" in done.stdout
+    assert "a task's result found no place: Local disk is full" in done.stdout
 
 
 def test_results_larger_than_the_object_store_spill_and_come_back(cluster):

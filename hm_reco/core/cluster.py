@@ -6,8 +6,10 @@
 __all__ = ['Item', 'Result', 'RETRIES', 'AHEAD', 'AUTO', 'ClusterError', 'join', 'map_on', 'reduce_on', 'Chain', 'chains_on']
 
 # %% ../../nbs/core/19_cluster.ipynb #d8dd171b
+import logging
 import os
 import socket
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, TypeVar
 
@@ -28,6 +30,9 @@ def join(address: str) -> Any:
     A task has one core, and so have the libraries that it calls.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # what it says to notebooks without widgets
+    warnings.filterwarnings("ignore", "IProgress not found")
+    logging.getLogger("ray.widgets").setLevel(logging.ERROR)
     try:
         import ray
     except ModuleNotFoundError as err:
@@ -37,7 +42,7 @@ def join(address: str) -> Any:
     if address != AUTO:
         _knock(address)
     one = dict.fromkeys(("OMP_NUM_THREADS", "POLARS_MAX_THREADS", "NUMBA_NUM_THREADS"), "1")
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    options: dict[str, Any] = {"logging_level": "ERROR"}  # what tasks print is shown here
     options["runtime_env"] = {"env_vars": one | {"HM_CLUSTER": ""}}  # a task does not hand on
     try:
         ray.init(address=address, **options)
@@ -101,6 +106,8 @@ def _result(ray: Any, done: Any) -> Any:
     try:
         return ray.get(done)
     except ray.exceptions.RayTaskError as err:
+        if isinstance(err.cause, ray.exceptions.RayError):
+            raise ClusterError(f"a task's result found no place: {err.cause}") from err
         raise err.cause from err  # the function's own
     except ray.exceptions.RayError as err:
         raise ClusterError(f"a task was lost {RETRIES + 1} times: {err}") from err
