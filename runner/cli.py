@@ -338,7 +338,7 @@ def runs(
     as_json: JsonOption = False,
 ) -> None:
     """List what ran in a lake, the newest last: stages, states, times, cost."""
-    from hm_reco.core.ledger import read_ledger
+    from hm_reco.core.ledger import places, read_ledger
     from hm_reco.core.upkeep import keep_run
 
     with told():
@@ -354,14 +354,14 @@ def runs(
                 "run": e.run_id,
                 "stage": e.stage,
                 "state": e.state,
-                "where": ("Ray: " if e.job else "") + e.host,
+                "where": where,
                 "seconds": round(e.seconds, 1),
                 "CPU s": round(e.cpu_seconds, 1),
                 "peak MB": round(e.peak_memory_mb),
                 "commit": e.git_commit[:8] + "+" * ("+" in e.git_commit),
                 "cause": e.error.replace("\n", " ")[:60],
             }
-            for e in entries
+            for e, where in zip(entries, places(entries), strict=True)
         ]
         return show("Runs" if rows else "No runs yet: hm run", rows)
 

@@ -36,9 +36,11 @@ WaitOption = Annotated[
 
 # %% ../../nbs/core/16_commands.ipynb #03e37979
 def show(title: str, rows: Sequence[Mapping[str, Any]], as_json: bool = False) -> None:
-    """Print rows that have the same columns, as a table or as JSON."""
+    """Print rows that have the same columns, as a table without empty ones, or as JSON."""
     if as_json:
         return print(json.dumps(rows, default=str, indent=2))
+    empty = {name for name in rows[0] if all(row[name] == "" for row in rows)} if rows else set()
+    rows = [{n: value for n, value in row.items() if n not in empty} for row in rows]
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for name in rows[0] if rows else ():
         number = isinstance(rows[0][name], int | float)

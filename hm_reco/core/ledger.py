@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEDGER', 'LINK', 'State', 'TYPES', 'Row', 'Outcome', 'Entry', 'as_frame', 'as_rows', 'new_run_id', 'named_run',
-           'git_commit', 'enter', 'read_ledger']
+           'git_commit', 'enter', 'read_ledger', 'places']
 
 # %% ../../nbs/core/08_ledger.ipynb #fff67096
 import json
@@ -131,3 +131,10 @@ def read_ledger(lake: Lake) -> list[Entry]:
     last = rows.sort("started", "attempt", "ended", maintain_order=True, nulls_last=False)
     last = last.group_by("run_id", "stage", maintain_order=True).last().sort("started", "stage")
     return as_rows(Entry, last.collect())
+
+# %% ../../nbs/core/08_ledger.ipynb #6676725b
+def places(entries: Sequence[Entry]) -> list[str]:
+    """Where each ran, as far as that is not the same machine for all: a host, or a Ray job's."""
+    apart = len({entry.host for entry in entries}) > 1
+    jobs = [("Ray: " if entry.job else "") + entry.host for entry in entries]
+    return [job if apart or entry.job else "" for job, entry in zip(jobs, entries, strict=True)]
