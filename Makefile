@@ -111,7 +111,7 @@ check-delivery: .installed .installed-delivery  ## workflows, manifests, Dockerf
 NAME = ml-fashion-recommender/$(COMPONENT)
 TAGS = $(shell $(PYTHON) -m deploy.tag --ref refs/heads/$$(git rev-parse --abbrev-ref HEAD) --sha $$(git rev-parse HEAD))
 build-component:  ## the image of a COMPONENT, by Docker
-	docker build --target $(if $(filter inference,$(COMPONENT)),api,$(if $(filter lab,$(COMPONENT)),lab,stage)) \
+	docker build --target $(if $(filter inference,$(COMPONENT)),api,$(or $(filter lab cluster,$(COMPONENT)),stage)) \
 	  --build-arg GIT_SHA=$$(git rev-parse HEAD) --build-arg VERSION=$$($(PYTHON) -m deploy.tag --version) \
 	  $(foreach tag,$(TAGS),--tag $(NAME):$(tag)) .
 	docker image inspect --format '{{.Size}} bytes' $(NAME):$(firstword $(TAGS))

@@ -52,7 +52,7 @@ def join(address: str) -> Any:
         ray.init("local", **options)
     return ray
 
-
+# %% ../../nbs/core/19_cluster.ipynb #2a6b9b3f
 def _knock(address: str) -> None:
     """Raises `ClusterError` when nobody is there; Ray would ask for minutes, and then exit."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
@@ -93,7 +93,7 @@ def _next(ray: Any, running: dict[Any, int]) -> tuple[int, Any]:
     [done], _ = ray.wait([*running], num_returns=1, fetch_local=False)
     return running.pop(done), done
 
-
+# %% ../../nbs/core/19_cluster.ipynb #0e07f0a0
 def _put(ray: Any, value: Any) -> Any:
     """Put into the cluster's object store. Raises `ClusterError` when that is full."""
     try:

@@ -92,7 +92,7 @@ def follow_job(
     _tell(heard, _logs(client, job), hear)
     return str(status.value), _message(client, job)
 
-
+# %% ../../nbs/core/21_rayjobs.ipynb #98064d8e
 def _logs(client: Any, job: str) -> str:
     return str(client.get_job_logs(job))
 

@@ -87,7 +87,7 @@ class Crew:
 
         ray = join(self.address)
         given = {"tower": to_bytes(tower), "history": ray.put(history)}
-        data, losses = self._fit(TorchTrainer, _teach, given)
+        data, losses = _fit(self, TorchTrainer, _teach, given)
         tower.__dict__.update(from_bytes(data).__dict__)
         if save:
             save(tower)
@@ -102,28 +102,29 @@ class Crew:
             raise ValueError(f"{len(pieces)} weeks for {self.workers} workers: ask for fewer")
         parts = [ray.put(week) for week in pieces]
         given = {"weeks": parts, "settings": settings or RankerSettings()}
-        return lgb.Booster(model_str=self._fit(LightGBMTrainer, _rank, given))
+        return lgb.Booster(model_str=_fit(self, LightGBMTrainer, _rank, given))
 
-    def _fit(self, trainer: Any, loop: Callable[[dict[str, Any]], Any], given: Any) -> Any:
-        from ray import train
+# %% ../../nbs/model/21_together.ipynb #793626bf
+def _fit(crew: Crew, trainer: Any, loop: Callable[[dict[str, Any]], Any], given: Any) -> Any:
+    import ray
+    from ray import train
 
-        # lost processes: while they train, and while they find each other
-        limits: dict[str, Any] = {"max_failures": RETRIES, "controller_failure_limit": RETRIES}
-        fitted = trainer(
-            loop,
-            train_loop_config=given,
-            scaling_config=train.ScalingConfig(
-                num_workers=self.workers, use_gpu=torch.cuda.is_available()
-            ),
-            run_config=train.RunConfig(
-                storage_path=self.storage,
-                failure_config=train.FailureConfig(**limits),
-                checkpoint_config=train.CheckpointConfig(num_to_keep=1),
-            ),
-        )
-        try:
-            result = fitted.fit()
-        except train.TrainingFailedError as err:
-            raise ClusterError(f"{self.workers} workers failed to train: {err}") from err
-        result.filesystem.delete_dir(result.path)
-        return result.return_value
+    gpus = ray.cluster_resources().get("GPU", 0) >= crew.workers
+    # lost processes: while they train, and while they find each other
+    limits: dict[str, Any] = {"max_failures": RETRIES, "controller_failure_limit": RETRIES}
+    fitted = trainer(
+        loop,
+        train_loop_config=given,
+        scaling_config=train.ScalingConfig(num_workers=crew.workers, use_gpu=gpus),
+        run_config=train.RunConfig(
+            storage_path=crew.storage,
+            failure_config=train.FailureConfig(**limits),
+            checkpoint_config=train.CheckpointConfig(num_to_keep=1),
+        ),
+    )
+    try:
+        result = fitted.fit()
+    except train.TrainingFailedError as err:
+        raise ClusterError(f"{crew.workers} workers failed to train: {err}") from err
+    result.filesystem.delete_dir(result.path)
+    return result.return_value

@@ -77,7 +77,7 @@ def _computed(lake: Lake, bundle: Bundle) -> Recommender:
             "stage inference, which leaves one, or install hm-reco[stages]"
         ) from err
 
-
+# %% ../../nbs/service/03_switch.ipynb #31121569
 class SlowError(RuntimeError):
     """A model that answers too slowly to serve."""
 
