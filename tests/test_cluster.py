@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -44,13 +45,17 @@ from hm_reco.service.switch import load, wanted  # noqa: E402
 from hm_reco.stages.ingestion import ingest  # noqa: E402
 from hm_reco.stages.processing import PROCESSED, process  # noqa: E402
 from hm_reco.stages.training import trainers_of  # noqa: E402
+from tests.conftest import free_port  # noqa: E402
+
+CLIENT = free_port()  # where who is not of the cluster connects
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """A head and a worker, one core each, as processes of this machine."""
     node = {"num_cpus": 1, "object_store_memory": 200_000_000}
-    cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
+    head = {"include_dashboard": False, "ray_client_server_port": CLIENT}
+    cluster = Cluster(initialize_head=True, head_node_args=node | head)
     cluster.add_node(**node)
     yield cluster
     ray.shutdown()
@@ -320,6 +325,19 @@ for call in (
     except ClusterError as err:
         print(err)
 """
+
+
+def test_who_is_not_of_the_cluster_connects_as_a_client(cluster):
+    end = time.monotonic() + 60
+    with socket.socket() as knock:
+        while knock.connect_ex(("127.0.0.1", CLIENT)) and time.monotonic() < end:
+            time.sleep(0.5)
+    work = "from hm_reco.core.cluster import map_on, reduce_on\n"
+    work += "print(map_on({0!r}, lambda n: 2 * n, range(4)), end=' ')\n"
+    work += "print(reduce_on({0!r}, lambda n: n, int.__add__, range(4)))"
+    words = [sys.executable, "-c", work.format(f"ray://127.0.0.1:{CLIENT}")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+    assert done.stdout.strip().endswith("[0, 2, 4, 6] 6"), done.stderr
 
 
 def test_an_object_store_that_is_full_is_told():
