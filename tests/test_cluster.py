@@ -42,6 +42,7 @@ from hm_reco.model.tower import (  # noqa: E402
 )
 from hm_reco.model.tuning import Exam, exam_of  # noqa: E402
 from hm_reco.service.switch import load, wanted  # noqa: E402
+from hm_reco.stages import processing  # noqa: E402
 from hm_reco.stages.ingestion import ingest  # noqa: E402
 from hm_reco.stages.processing import PROCESSED, process  # noqa: E402
 from hm_reco.stages.training import trainers_of  # noqa: E402
@@ -361,16 +362,39 @@ def test_a_process_that_always_dies_is_told(cluster):
         map_on(cluster.address, lambda n: os.kill(os.getpid(), signal.SIGKILL), [0])
 
 
-def test_a_node_that_goes_takes_nothing_along(cluster):
+def test_a_node_that_goes_takes_nothing_along(cluster, monkeypatch, tmp_path):
+    write_sample(tmp_path / "source", 300, seed=3)
+    here, there = (open_lake(str(tmp_path / name)) for name in ("here", "there"))
+    for lake in (here, there):
+        ingest(lake, str(tmp_path / "source"))
+    process(here, 2)
+    real = processing.process_block
+
+    def slow(*words):
+        with (tmp_path / ray.get_runtime_context().get_node_id()).open("a") as file:
+            file.write("x")
+        moved = real(*words)
+        time.sleep(1)  # all is written, and is still to be told
+        return moved
+
     more = cluster.add_node(num_cpus=1, object_store_memory=100_000_000)
     cluster.wait_for_nodes()
+    monkeypatch.setattr(processing, "process_block", slow)
+    monkeypatch.setenv("HM_CLUSTER", cluster.address)
 
-    def slow(n: int) -> int:
-        time.sleep(1)
-        return -n
+    def remove() -> None:
+        while not (tmp_path / more.node_id).exists():
+            time.sleep(0.05)
+        time.sleep(0.5)
+        cluster.remove_node(more, allow_graceful=False)
 
-    threading.Timer(1.5, lambda: cluster.remove_node(more, allow_graceful=False)).start()
-    assert map_on(cluster.address, slow, range(9)) == [-n for n in range(9)]
+    thread = threading.Thread(target=remove, daemon=True)
+    thread.start()
+    process(there, 2)
+    thread.join(60)
+    assert not thread.is_alive()
+    for name, frame in processed(here).items():
+        assert processed(there)[name].equals(frame), name
 
 
 def test_the_functions_own_error_is_the_callers(cluster):
