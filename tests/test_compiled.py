@@ -1,6 +1,7 @@
 """What numba compiles gives what Python gives; run uncompiled, its lines are seen by coverage."""
 
 import os
+import pickle
 import subprocess
 import sys
 from datetime import timedelta
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hm_reco.model import candidates, features
 from hm_reco.model.features import labelled, open_week
 from hm_reco.model.forest import open_forest
 from hm_reco.model.history import as_of, sample_history
@@ -42,3 +44,18 @@ def test_compiled_functions_give_what_python_gives(tmp_path):
     assert (~np.isnan(compiled["values"])).any(axis=0).mean() > 0.95  # nearly all features occur
     for name in compiled.files:
         np.testing.assert_allclose(compiled[name], python[name], rtol=1e-5, err_msg=name)
+
+
+def test_a_compiled_function_is_compiled_once_for_here_and_for_elsewhere():
+    """What a cluster passes on, and columns of a frame, cannot be written to; other arrays can."""
+    history = sample_history(300)
+    for loose in (False, True):
+        week = open_week(history, history.day - timedelta(days=28), days=28, customers=8)
+        if loose:
+            buffers: list[pickle.PickleBuffer] = []
+            text = pickle.dumps(week, 5, buffer_callback=buffers.append)
+            week = pickle.loads(text, buffers=[bytes(buffer) for buffer in buffers])
+            assert not week.people.ago.flags.writeable
+        labelled(week)
+    for function in (candidates._propose, features._features):
+        assert len(function.signatures) == 1

@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 from scipy import sparse
 
-from .compiled import compiled
+from .compiled import compiled, only_read
 from .history import History
 from .known import AGE_BANDS, ONLINE, STATE, Known, days_ago
 
@@ -133,7 +133,7 @@ def open_shop(known: Known, history: History) -> Shop:
     def near(kind: str) -> Table:
         return to_table(known.near[kind], "article", "neighbour", "similarity", size)
 
-    return Shop(
+    shop = Shop(
         _described(state, size),
         popularity,
         levels,
@@ -159,6 +159,7 @@ def open_shop(known: Known, history: History) -> Shop:
         known.space.scale if known.space else 0.0,
         max(size, len(known.kin.customers), int((kinds + first).max()) + 1),
     )
+    return only_read(shop)
 
 # %% ../../nbs/model/05_arrays.ipynb #7372141d
 def own_purchases(history: History, who: pl.DataFrame) -> pl.DataFrame:
@@ -197,7 +198,8 @@ def gather(known: Known, own: pl.DataFrame, who: pl.DataFrame) -> People:
     about = people.select(pl.col(ABOUT).cast(pl.Float64)).to_numpy(order="c")
     space = known.space
     vector = space.place(*bought, about[:, 0]) if space else np.zeros((who.height, 0), np.int8)
-    return People(numbers.to_numpy(), start.astype(np.int64), **columns, about=about, vector=vector)
+    number, start = numbers.to_numpy(), start.astype(np.int64)
+    return only_read(People(number, start, **columns, about=about, vector=vector))
 
 # %% ../../nbs/model/05_arrays.ipynb #3f48ebb5
 OWN = ["article", "ago", "units", "price", "channel"]

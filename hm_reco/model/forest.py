@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import lightgbm as lgb
 import numpy as np
 
-from .compiled import compiled
+from .compiled import compiled, only_read
 
 # %% ../../nbs/model/08_forest.ipynb #8b47df00
 class Nodes(NamedTuple):
@@ -84,7 +84,8 @@ def open_forest(booster: lgb.Booster) -> Forest:
     gone = np.array([2**bits - 1 - ruled_out for ruled_out in left], dtype=f"uint{bits}")
     arrays = (np.array(feature, np.int32), _single(np.array(threshold)), np.array(right, bool))
     probability = model["objective"].startswith("binary")
-    return Forest(model["feature_names"], probability, Nodes(np.array(start), *arrays, gone, leaf))
+    all_nodes = only_read(Nodes(np.array(start), *arrays, gone, leaf))
+    return Forest(model["feature_names"], probability, all_nodes)
 
 # %% ../../nbs/model/08_forest.ipynb #05e428fe
 INNER = ("split_feature", "threshold", "decision_type", "left_child", "right_child")

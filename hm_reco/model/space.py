@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 
-from .compiled import compiled, in_threads
+from .compiled import compiled, in_threads, only_read
 
 # %% ../../nbs/model/02_space.ipynb #bba082af
 GAPS, AGES = 12, 9  # bands of days (doubling) and of age (tens; 0 is unknown)
@@ -215,8 +215,10 @@ class Space:
         newest first.
         """
 
+        shop, hers = only_read((self.network, self.articles)), only_read((article, ago))
+        starts, ages = only_read((start, age))
+
         def part(rows: slice) -> tuple[np.ndarray]:
-            its = start[rows.start : rows.stop + 1]
-            return (_place(self.network, self.articles, its, article, ago, age[rows]),)
+            return (_place(*shop, starts[rows.start : rows.stop + 1], *hers, ages[rows]),)
 
         return in_threads(part, len(age))[0]
