@@ -189,17 +189,7 @@ def small_tower(shop: History) -> Tower:
     return Tower(learn_vocabulary(shop.articles), settings)
 
 
-def test_two_workers_lose_what_one_loses(crew):
-    shop = sample_history(300)
-    alone, shared = small_tower(shop), small_tower(shop)
-    one, two = advance(alone, shop), crew.advance(shared, shop)
-    assert len(one) == len(two) > 20 and one[-1] < one[0]
-    assert np.allclose(one, two, atol=0.01) and one != two
-    assert shared.until == alone.until and shared.steps == alone.steps
-    assert not list(Path(crew.storage).iterdir())
-
-
-def test_a_worker_that_is_killed_while_the_tower_learns_costs_nothing(crew):
+def test_two_workers_lose_what_one_loses_also_when_one_is_killed(crew):
     shop = sample_history(300)
     alone, shared = small_tower(shop), small_tower(shop)
     killed: list[int] = []
@@ -217,9 +207,12 @@ def test_a_worker_that_is_killed_while_the_tower_learns_costs_nothing(crew):
 
     thread = threading.Thread(target=kill)
     thread.start()
-    one, two = advance(alone, shop), crew.advance(shared, shop)
+    one, two = advance(alone, shop), crew.advance(shared, shop)  # two: since the last checkpoint
     thread.join()
-    assert killed and np.allclose(one[-len(two) :], two, atol=0.01)
+    assert killed and len(one) > 20 and one[-1] < one[0] and one[-len(two) :] != two
+    assert np.allclose(one[-len(two) :], two, atol=0.01)
+    assert shared.until == alone.until and shared.steps == alone.steps
+    assert not list(Path(crew.storage).iterdir())
 
 
 def test_two_workers_rank_as_well_as_one(crew, lesson):
