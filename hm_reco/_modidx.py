@@ -904,6 +904,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'hm_reco.model.together.Crew.train': ( 'model/together.html#crew.train',
                                                                                'hm_reco/model/together.py'),
                                         'hm_reco.model.together._fit': ('model/together.html#_fit', 'hm_reco/model/together.py'),
+                                        'hm_reco.model.together._give_back': ( 'model/together.html#_give_back',
+                                                                               'hm_reco/model/together.py'),
                                         'hm_reco.model.together._rank': ('model/together.html#_rank', 'hm_reco/model/together.py'),
                                         'hm_reco.model.together._read': ('model/together.html#_read', 'hm_reco/model/together.py'),
                                         'hm_reco.model.together._teach': ('model/together.html#_teach', 'hm_reco/model/together.py')},

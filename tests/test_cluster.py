@@ -189,17 +189,18 @@ def small_tower(shop: History) -> Tower:
     return Tower(learn_vocabulary(shop.articles), settings)
 
 
-def test_two_workers_lose_what_one_loses_also_when_one_is_killed(crew):
+@pytest.mark.parametrize("seconds", [0, 4])  # as it begins, and as it learns
+def test_two_workers_lose_what_one_loses_also_when_one_is_killed(crew, seconds):
     shop = sample_history(300)
     alone, shared = small_tower(shop), small_tower(shop)
-    killed: list[int] = []
+    killed, learned = [], threading.Event()
 
     def kill() -> None:
-        while not killed:
+        while not learned.is_set():
             for one in psutil.Process().children(recursive=True):
                 with suppress(psutil.Error):
                     if "RayTrainWorker.run_train_fn" in " ".join(one.cmdline()):
-                        time.sleep(4)  # it has begun
+                        time.sleep(seconds)
                         one.kill()
                         return killed.append(one.pid)
             time.sleep(0.1)
@@ -208,6 +209,7 @@ def test_two_workers_lose_what_one_loses_also_when_one_is_killed(crew):
     thread = threading.Thread(target=kill)
     thread.start()
     one, two = advance(alone, shop), crew.advance(shared, shop)  # two: since the last checkpoint
+    learned.set()
     thread.join()
     assert killed and len(one) > 20 and one[-1] < one[0] and one[-len(two) :] != two
     assert np.allclose(one[-len(two) :], two, atol=0.01)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from uuid import uuid4
 
 import lightgbm as lgb
 import torch
@@ -104,27 +105,43 @@ class Crew:
         given = {"weeks": parts, "settings": settings or RankerSettings()}
         return lgb.Booster(model_str=_fit(self, LightGBMTrainer, _rank, given))
 
+# %% ../../nbs/model/21_together.ipynb #2edaa2e7
+def _give_back() -> None:
+    """Remove what this driver reserved: the placement groups whose names end with its job's."""
+    import ray
+    from ray.util.placement_group import (
+        PlacementGroup,
+        placement_group_table,
+        remove_placement_group,
+    )
+
+    job = ray.get_runtime_context().get_job_id()
+    for name, about in placement_group_table().items():
+        if name.endswith(job) and about["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(name)))
+
 # %% ../../nbs/model/21_together.ipynb #793626bf
 def _fit(crew: Crew, trainer: Any, loop: Callable[[dict[str, Any]], Any], given: Any) -> Any:
     import ray
     from ray import train
 
     gpus = ray.cluster_resources().get("GPU", 0) >= crew.workers
-    # lost processes: while they train, and while they find each other
-    limits: dict[str, Any] = {"max_failures": RETRIES, "controller_failure_limit": RETRIES}
-    fitted = trainer(
-        loop,
-        train_loop_config=given,
-        scaling_config=train.ScalingConfig(num_workers=crew.workers, use_gpu=gpus),
-        run_config=train.RunConfig(
-            storage_path=crew.storage,
-            failure_config=train.FailureConfig(**limits),
-            checkpoint_config=train.CheckpointConfig(num_to_keep=1),
-        ),
+    limits: dict[str, Any] = {"max_failures": RETRIES, "controller_failure_limit": 0}
+    run = train.RunConfig(
+        name=f"together-{uuid4()}",
+        storage_path=crew.storage,
+        failure_config=train.FailureConfig(**limits),
+        checkpoint_config=train.CheckpointConfig(num_to_keep=1),
     )
-    try:
-        result = fitted.fit()
-    except train.TrainingFailedError as err:
-        raise ClusterError(f"{crew.workers} workers failed to train: {err}") from err
+    scaling = train.ScalingConfig(num_workers=crew.workers, use_gpu=gpus)
+    for left in reversed(range(RETRIES + 1)):
+        try:
+            fitted = trainer(loop, train_loop_config=given, scaling_config=scaling, run_config=run)
+            result = fitted.fit()
+            break
+        except train.TrainingFailedError as err:
+            _give_back()
+            if not (left and isinstance(err, train.ControllerError)):
+                raise ClusterError(f"{crew.workers} workers failed to train: {err}") from err
     result.filesystem.delete_dir(result.path)
     return result.return_value
