@@ -55,7 +55,8 @@ CLIENT = free_port()  # where who is not of the cluster connects
 def cluster() -> Iterator[Cluster]:
     """A head and a worker, one core each, as processes of this machine."""
     node = {"num_cpus": 1, "object_store_memory": 200_000_000}
-    head = {"include_dashboard": False, "ray_client_server_port": CLIENT}
+    full = {"local_fs_capacity_threshold": 0.999}  # what spills is little, however full the disk
+    head = {"include_dashboard": False, "ray_client_server_port": CLIENT, "_system_config": full}
     cluster = Cluster(initialize_head=True, head_node_args=node | head)
     cluster.add_node(**node)
     yield cluster
