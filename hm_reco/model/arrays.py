@@ -99,6 +99,20 @@ def _side_by_side(vectors: np.ndarray) -> np.ndarray:
     whole[: len(vectors)] = vectors
     return whole.reshape(blocks, SIDE_BY_SIDE, width).transpose(0, 2, 1).copy()
 
+# %% ../../nbs/model/05_arrays.ipynb #c0869ab3
+def _popularity(state: pl.DataFrame, size: int) -> np.ndarray:
+    """(articles,): 0 where an article was never sold."""
+    values = np.zeros(size)
+    values[state["article"].to_numpy()] = state["popularity"].to_numpy()
+    return values
+
+
+def _new(state: pl.DataFrame) -> np.ndarray:
+    """Best sellers among the articles that are new."""
+    new = state.filter(pl.col("on_sale_days") <= NEW_DAYS)
+    new = new.sort("popularity", "article", descending=[True, False])
+    return _ints(new["article"].head(NEW_ARTICLES))
+
 
 def _described(state: pl.DataFrame, size: int) -> np.ndarray:
     """(articles, STATE): the state of each article, NaN where it was never sold."""
@@ -106,7 +120,7 @@ def _described(state: pl.DataFrame, size: int) -> np.ndarray:
     values[state["article"].to_numpy()] = state.select(pl.col(STATE).cast(pl.Float32)).to_numpy()
     return values
 
-
+# %% ../../nbs/model/05_arrays.ipynb #73c31662
 def _numbered(history: History, size: int) -> np.ndarray:
     """(articles, LEVELS): each level's values numbered from 0."""
     articles = history.articles.sort("article")
@@ -116,17 +130,19 @@ def _numbered(history: History, size: int) -> np.ndarray:
         numbers[articles["article"].to_numpy(), n] = values
     return numbers
 
+
+def _through_all(levels: np.ndarray) -> np.ndarray:
+    """(articles, KINDS) int32: each kind's values numbered from where the one before it ends."""
+    kinds = levels[:, [LEVELS.index(kind) for kind in KINDS]]
+    first = np.cumsum([0, *(kinds.max(axis=0)[:-1] + 1)])
+    return (kinds + first).astype(np.int32)
+
 # %% ../../nbs/model/05_arrays.ipynb #1e8a7ad1
 def open_shop(known: Known, history: History) -> Shop:
     """The arrays of what is known, with the catalogue of a history."""
     size, state = history.numbers, known.state.sort("article")
-    at, levels = state["article"].to_numpy(), _numbered(history, size)
-    popularity = np.zeros(size)
-    popularity[at] = state["popularity"].to_numpy()
-    kinds = levels[:, [LEVELS.index(kind) for kind in KINDS]]
-    first = np.cumsum([0, *(kinds.max(axis=0)[:-1] + 1)])
-    new = state.filter(pl.col("on_sale_days") <= NEW_DAYS)
-    new = new.sort("popularity", "article", descending=[True, False]).head(NEW_ARTICLES)
+    levels = _numbered(history, size)
+    kinds = _through_all(levels)
     on_sale = state.filter(pl.col("last_sold") <= ON_SALE)
     vectors = known.space.articles if known.space else np.zeros((size, 0), np.int8)
 
@@ -135,9 +151,9 @@ def open_shop(known: Known, history: History) -> Shop:
 
     shop = Shop(
         _described(state, size),
-        popularity,
+        _popularity(state, size),
         levels,
-        (kinds + first).astype(np.int32),
+        kinds,
         _best_sellers(known, "popularity_28", levels[:, 0], OF_PRODUCT),
         _best_sellers(known, "popularity", levels[:, 1], OF_DEPARTMENT),
         near("near"),
@@ -148,7 +164,7 @@ def open_shop(known: Known, history: History) -> Shop:
         to_table(known.segments["channel"], "segment", "article", "score", ONLINE + 1),
         _best_sellers(known, "popularity", None, OF_ALL),
         _best_sellers(known, "popularity_2", None, OF_ALL),
-        _ints(new["article"]),
+        _new(state),
         _of_rows(known.kin.bought),
         _of_rows(known.kin.bought.T.tocsr()),
         known.kin.customers.astype(np.int32),
@@ -157,7 +173,7 @@ def open_shop(known: Known, history: History) -> Shop:
         _side_by_side(vectors[on_sale["article"].to_numpy()]),
         np.log(on_sale["popularity"].to_numpy() + 0.1),
         known.space.scale if known.space else 0.0,
-        max(size, len(known.kin.customers), int((kinds + first).max()) + 1),
+        max(size, len(known.kin.customers), int(kinds.max()) + 1),
     )
     return only_read(shop)
 
