@@ -246,7 +246,7 @@ def test_what_is_added_up_on_the_cluster_is_complete(cluster):
     for many in (1, 2, 7):
         assert reduce_on(cluster.address, one, add, range(many)) == dict.fromkeys(range(many), 1)
     with pytest.raises(ZeroDivisionError):
-        reduce_on(cluster.address, lambda n: 1 // n, add, [1, 0, 2])
+        reduce_on(cluster.address, lambda n: {n: 1 // n}, add, [1, 0, 2])
 
 
 def test_tasks_run_on_both_nodes_and_results_keep_their_order(cluster):
