@@ -249,13 +249,17 @@ def test_what_is_added_up_on_the_cluster_is_complete(cluster):
         reduce_on(cluster.address, lambda n: {n: 1 // n}, add, [1, 0, 2])
 
 
-def test_tasks_run_on_both_nodes_and_results_keep_their_order(cluster):
-    def where(n: int) -> tuple[int, str]:
-        time.sleep(0.3)
-        return n, ray.get_runtime_context().get_node_id()
+def test_tasks_run_on_both_nodes_and_results_keep_their_order(cluster, tmp_path):
+    def meet(n: int) -> int:
+        """Wait for a task on the other node; there is one core on each."""
+        (tmp_path / ray.get_runtime_context().get_node_id()).touch()
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.iterdir())) < 2:
+            assert time.monotonic() < deadline, "no task on the other node"
+            time.sleep(0.05)
+        return n
 
-    found = map_on(cluster.address, where, range(8))
-    assert [n for n, _ in found] == [*range(8)] and len({node for _, node in found}) == 2
+    assert map_on(cluster.address, meet, range(8)) == [*range(8)]
 
 
 def test_a_killed_process_loses_nothing(cluster, tmp_path):
