@@ -161,7 +161,7 @@ def _service(hm: str, root: str, environment: dict[str, str]) -> str:
     )
     try:
         wait_for(f"http://127.0.0.1:{port}/healthz")
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             answers = [client.get(path).text for path in ("/readyz", "/metrics", "/model", "/none")]
             for headers in ({"X-API-Key": key}, {"X-API-Key": "canary-wrong"}, {}):
                 for body in (b'{"customer_ids": ["a"]}', b"{", b'{"customer_ids": 3}'):
@@ -170,7 +170,7 @@ def _service(hm: str, root: str, environment: dict[str, str]) -> str:
                     answers.append(answer.text)
     finally:
         process.terminate()
-        log = process.communicate(timeout=30)[0]
+        log = process.communicate(timeout=60)[0]
     assert len(log) > 100 and hashed not in log
     return log + "".join(answers)
 

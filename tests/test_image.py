@@ -137,7 +137,7 @@ def ask(port: int, seconds: float = 120) -> dict:
     """A prediction, asked for when the service is ready. Raises `TimeoutError`."""
     wait_for(f"http://127.0.0.1:{port}/readyz", seconds)
     body = {"customer_ids": ["nobody"], "k": 12, "explain": True}
-    answer = httpx.post(f"http://127.0.0.1:{port}/predict", json=body, timeout=30)
+    answer = httpx.post(f"http://127.0.0.1:{port}/predict", json=body, timeout=60)
     assert answer.status_code == 200, answer.text
     return answer.json()
 

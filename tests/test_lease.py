@@ -29,9 +29,12 @@ def test_one_holds_it_and_the_other_waits(lake):
             pass
         later = threading.Thread(target=lambda: _hold(lake, said))
         later.start()
-        time.sleep(1)
+        end = time.monotonic() + 60
+        while not said and time.monotonic() < end:
+            time.sleep(0.05)
+        time.sleep(0.5)
         assert said == ["told"]
-    later.join(timeout=20)
+    later.join(timeout=60)
     assert said == ["told", "held"]
     assert not list(lake.path(LEASES).glob("*.json"))
 

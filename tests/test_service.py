@@ -149,7 +149,7 @@ def test_a_real_process_serves(trained_lake, loyal):
             assert httpx.post(f"{url}/predict", json={"customer_ids": 7}).status_code == 422
         finally:
             process.terminate()
-            _, log = process.communicate(timeout=30)
+            _, log = process.communicate(timeout=60)
     assert re.search(r"Application shutdown complete", log)
 
 
