@@ -10,6 +10,7 @@ import pytest
 import hm_reco.core.lease as module
 from hm_reco.core.lake import open_lake, put_file
 from hm_reco.core.lease import LEASES, LeaseError, S3Lease, leases
+from tests.conftest import until
 
 
 @pytest.fixture
@@ -29,9 +30,7 @@ def test_one_holds_it_and_the_other_waits(lake):
             pass
         later = threading.Thread(target=lambda: _hold(lake, said))
         later.start()
-        end = time.monotonic() + 60
-        while not said and time.monotonic() < end:
-            time.sleep(0.05)
+        until(lambda: bool(said))
         time.sleep(0.5)
         assert said == ["told"]
     later.join(timeout=60)

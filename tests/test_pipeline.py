@@ -5,8 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,6 +33,7 @@ from hm_reco.service.switch import load, wanted
 from hm_reco.stages.ingestion import ingest
 from hm_reco.stages.processing import process
 from runner.cli import app
+from tests.conftest import until
 
 QUICK = ["evaluation_weeks=1", "training_weeks=4", "rounds=60", "as_of=2020-09-16"]
 QUICK += ["tower_examples=2000"]
@@ -144,14 +143,6 @@ def test_the_service_answers_from_the_state_that_inference_left(folder_lake):
     ids = table["customer_id"].unique().sort().to_list()[::40]
     given = answer_table(answer(served.recommender, ids)).sort("customer_id", "rank")
     assert given.equals(table.filter(pl.col("customer_id").is_in(ids)).select(given.columns))
-
-
-def until(true: Callable[[], bool], seconds: float = 60) -> None:
-    """Wait for something to become true."""
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def test_the_service_follows_commands_and_stock(folder_lake, sample, tmp_path):
