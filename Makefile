@@ -8,6 +8,7 @@ DOCS := .venv-docs/bin
 DELIVERY := .venv-delivery/bin
 CUSTOMERS ?= 13720
 WEEKS ?= 4
+IMAGES ?= /dev/null
 OPTIONS := $(if $(DATA),--data $(DATA)) $(if $(LAKE),--lake $(LAKE)) $(foreach p,$(P),-p $(p))
 
 # git compares and merges notebooks by cell; .gitattributes names the drivers
@@ -99,9 +100,10 @@ bench: .installed .installed-peers  ## ingestion and processing beside peers; CU
 quality: .installed .installed-rivals  ## MAP@12 beside other recommenders; DATA=folder WEEKS=4
 	$(BIN)/python bench/quality.py $(DATA) --weeks $(WEEKS)
 
-# files in their order: the faults, which mostly wait, run beside others instead of last
+# files in their order: the faults, which mostly wait, run beside others instead of last.
+# IMAGES is a file that names images for the tests, or a pipe, which is waited for
 pytest: .installed
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term --cov-fail-under=90
+	. $(IMAGES) && $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term --cov-fail-under=90
 
 check-delivery: .installed .installed-delivery  ## workflows, manifests, Dockerfile and code, by the tools of the field; needs npm
 	$(BIN)/python -m deploy.check

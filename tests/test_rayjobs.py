@@ -18,7 +18,7 @@ HM = str(Path(sys.executable).with_name("hm"))
 
 
 @pytest.fixture(scope="module")
-def settings() -> Iterator[dict[str, str]]:
+def settings(watched: dict[str, str]) -> Iterator[dict[str, str]]:
     """The environment in which `hm` finds a cluster of two nodes, and they find `hm`."""
     before, folder = os.environ["PATH"], Path(sys.executable).parent
     os.environ["PATH"] = f"{folder}:{before}"
@@ -26,7 +26,7 @@ def settings() -> Iterator[dict[str, str]]:
     cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": True})
     cluster.add_node(**node)
     where = {"HM_CLUSTER": cluster.address, "HM_DASHBOARD": f"http://{cluster.webui_url}"}
-    yield os.environ | where
+    yield os.environ | where | watched
     cluster.shutdown()
     os.environ["PATH"] = before
 
