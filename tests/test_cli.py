@@ -97,6 +97,13 @@ def test_due_sources_are_read_and_others_are_not(sample, tmp_path):
     assert code == 1 and "source shop" in output
 
 
+@pytest.mark.parametrize("words", [["run"], ["plan"], ["runs"], ["lake"], ["models"]])
+def test_a_bucket_that_is_not_there_is_told(s3, words):
+    done = hm.invoke(app, [*words, "--lake", "s3://nobodys-bucket/lake"])
+    assert done.exit_code == 1 and isinstance(done.exception, SystemExit)
+    assert "error S3: " in done.output and "bucket does not exist; expected a bucket" in done.output
+
+
 def test_a_password_in_a_parameter_is_neither_kept_nor_shown(tmp_path):
     place = "postgresql://me:hunter2@db/shop"  # pragma: allowlist secret
     for words in (["-p", f"data={place}"], ["-p", f'sources=[{{place: "{place}"}}]']):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from botocore.exceptions import BotoCoreError, ClientError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -55,11 +56,14 @@ def show(title: str, rows: Sequence[Mapping[str, Any]], as_json: bool = False) -
 @contextmanager
 def told(*more: type[Exception]) -> Iterator[None]:
     """What a user can mend (and `more`) ends the command with its message, not a traceback."""
-    known: tuple[type[Exception], ...] = (ValueError, LookupError, OSError, LeaseError, *more)
+    s3 = (BotoCoreError, ClientError)
+    known: tuple[type[Exception], ...] = (ValueError, LookupError, OSError, LeaseError, *s3, *more)
     try:
         yield
     except known as err:
         text = str(err.args[0] if isinstance(err, KeyError) else err)
+        if isinstance(err, s3):
+            text = f"S3: {text.rstrip('.')}; expected a bucket that is there and that we may use"
         errors.print(Text("error ", "bold red") + Text(text, "default"), soft_wrap=True)
         raise typer.Exit(getattr(err, "exit_code", 1)) from err
 
