@@ -34,11 +34,11 @@ def compute(file: Path) -> None:
     np.savez(file, marks=marks, **found, **lists._asdict())
 
 
-def test_compiled_functions_give_what_python_gives(tmp_path):
+def test_compiled_functions_give_what_python_gives(tmp_path, watched):
     compute(tmp_path / "compiled.npz")
     words = "from tests.test_compiled import *; compute(Path(sys.argv[1]))"
     command = [sys.executable, "-c", words, tmp_path / "python.npz"]
-    subprocess.run(command, check=True, env={**os.environ, "NUMBA_DISABLE_JIT": "1"})
+    subprocess.run(command, check=True, env={**os.environ, **watched, "NUMBA_DISABLE_JIT": "1"})
     compiled, python = (np.load(tmp_path / f"{name}.npz") for name in ("compiled", "python"))
     assert len(compiled["candidates"]) > 500 and compiled["marks"].any()
     assert (~np.isnan(compiled["values"])).any(axis=0).mean() > 0.95  # nearly all features occur

@@ -1,7 +1,6 @@
 """The whole way by papermill, to a folder and to S3: both recommend the same."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -9,7 +8,6 @@ import sys
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from unittest.mock import patch
 
 import boto3
 import polars as pl
@@ -49,12 +47,9 @@ def run(*words: str):
 
 
 @pytest.fixture(scope="module")
-def folder_lake(
-    sample: Path, tmp_path_factory: pytest.TempPathFactory, watched: dict[str, str]
-) -> Lake:
+def folder_lake(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Lake:
     root = str(tmp_path_factory.mktemp("whole") / "lake")
-    with patch.dict(os.environ, watched):
-        done = run("run", "--data", str(sample), "--lake", root, *OPTIONS)
+    done = run("run", "--data", str(sample), "--lake", root, *OPTIONS)
     assert done.exit_code == 0, done.output
     # what a person sees at the end: the metric table, three customers, reports, how to serve
     for text in ("MAP@12", "own history", "For a loyal", "For a cooled", "For a new", "hm serve"):
