@@ -527,10 +527,10 @@ def test_a_challenger_answers_aside(two_models, monkeypatch):
     with TestClient(create_app(lake, settings)) as client:
         given = client.post("/predict", json={"customer_ids": ids}).json()
         client.post("/predict", json={"customer_ids": ["a-stranger"], "k": 3})
-        client.app.state.service.shadow.pool.submit(int).result()  # after the two
+        client.app.state.service.shadow.aside.pool.submit(int).result()  # after the two
         monkeypatch.setattr("hm_reco.service.shadow.respond", lambda *asked: 1 / 0)
         assert client.post("/predict", json={"customer_ids": ids}).status_code == 200
-        client.app.state.service.shadow.pool.shutdown()
+        client.app.state.service.shadow.aside.pool.shutdown()
         text = client.get("/metrics").text
     assert given["model_version"] == one
     assert f'hm_shadow_info{{state="",version="{other}"}} 1.0' in text

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHADOW', 'log', 'SCHEMA', 'Row', 'SHARED', 'SECONDS', 'MOST_WAITING', 'MOST_ROWS', 'REPORT_EVERY', 'challenger',
-           'differences', 'ShadowMetrics', 'compare', 'Shadow', 'summary', 'report', 'Comparisons']
+           'differences', 'ShadowMetrics', 'compare', 'Aside', 'Shadow', 'summary', 'report', 'Comparisons']
 
 # %% ../../nbs/service/07_shadow.ipynb #f1dbe13e
 import datetime as dt
@@ -12,6 +12,7 @@ import logging
 import random
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import takewhile
@@ -116,10 +117,26 @@ def compare(
         return []
     return rows
 
-# %% ../../nbs/service/07_shadow.ipynb #7167ce49
+# %% ../../nbs/service/07_shadow.ipynb #488b3ca3
 MOST_WAITING = 100  # requests for the challenger
 
 
+class Aside:
+    """A thread that does one work after the other, while at most `most` of them are not done."""
+
+    def __init__(self, most: int) -> None:
+        """Nothing to do yet."""
+        self.pool = ThreadPoolExecutor(1, "hm-shadow")
+        self.room = threading.BoundedSemaphore(most)
+
+    def take(self, work: Callable[..., None], *words: Any) -> bool:
+        """Whether there was room for a work; returns at once."""
+        if not self.room.acquire(blocking=False):
+            return False
+        self.pool.submit(work, *words).add_done_callback(lambda _: self.room.release())
+        return True
+
+# %% ../../nbs/service/07_shadow.ipynb #7167ce49
 class Shadow:
     """Asks a challenger what the champion was asked."""
 
@@ -128,8 +145,7 @@ class Shadow:
         self.share, self.metrics = settings.shadow_share, ShadowMetrics(registry)
         self.switch = Switch(lake, partial(challenger, version=settings.shadow))
         self.comparisons = Comparisons(lake)
-        self.pool = ThreadPoolExecutor(1, "hm-shadow")
-        self.room = threading.BoundedSemaphore(MOST_WAITING)
+        self.aside = Aside(MOST_WAITING)
 
     def use(self, lake: Lake) -> None:
         """Take a lake."""
@@ -145,14 +161,11 @@ class Shadow:
         other = self.switch.now
         if not other or other.key[0] == champion.key[0] or random.random() >= self.share:
             return
-        if self.room.acquire(blocking=False):
-            self.pool.submit(self._compare, other, asked, given)
-        else:
+        if not self.aside.take(self._compare, other, asked, given):
             self.metrics.outcomes.labels("passed over").inc()
 
     def _compare(self, other: Loaded, asked: PredictRequest, given: dict[str, Any]) -> None:
         self.comparisons.add(compare(other, asked, given, self.metrics))
-        self.room.release()
 
     def write(self, last: bool = False) -> None:
         """Bring what was compared to the lake."""
@@ -161,7 +174,7 @@ class Shadow:
 
     def close(self) -> None:
         """Finish what waits, and write it."""
-        self.pool.shutdown()
+        self.aside.pool.shutdown()
         self.write(last=True)
 
 # %% ../../nbs/service/07_shadow.ipynb #743fa8d4
