@@ -299,6 +299,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'hm_reco.core.settings.Settings': ('core/settings.html#settings', 'hm_reco/core/settings.py'),
                                        'hm_reco.core.settings.Settings.settings_customise_sources': ( 'core/settings.html#settings.settings_customise_sources',
                                                                                                       'hm_reco/core/settings.py'),
+                                       'hm_reco.core.settings._Here': ('core/settings.html#_here', 'hm_reco/core/settings.py'),
+                                       'hm_reco.core.settings._OnS3': ('core/settings.html#_ons3', 'hm_reco/core/settings.py'),
                                        'hm_reco.core.settings._WithLake': ('core/settings.html#_withlake', 'hm_reco/core/settings.py'),
                                        'hm_reco.core.settings._WithLake.__call__': ( 'core/settings.html#_withlake.__call__',
                                                                                      'hm_reco/core/settings.py'),

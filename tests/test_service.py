@@ -43,7 +43,7 @@ from hm_reco.model.recommend import predict_all, with_ids, with_lists
 from hm_reco.service.app import create_app
 from hm_reco.service.contract import EXAMPLE, PredictResponse, SimilarResponse
 from hm_reco.service.guard import MAX_BODY
-from hm_reco.service.shadow import SHADOW, challenger
+from hm_reco.service.shadow import SHADOW, Aside, challenger
 from hm_reco.stages.demo import demo_lake
 from hm_reco.stages.inference import portraits
 from hm_reco.stages.ingestion import ingest
@@ -190,6 +190,7 @@ def test_a_killed_worker_loses_its_requests_in_flight_alone(trained_lake):
                 pool.submit(ask_and_count, stop, url, counts)
             until(lambda: counts["200"] > asking)
             before = workers_of(service)
+            assert len(before) == 2
             before[0].kill()
             killed = counts["200"]
             until(lambda: len({*workers_of(service)} - {before[0]}) == len(before))
@@ -503,9 +504,7 @@ def test_ten_switches_under_load_lose_and_mix_nothing(two_models):
         for turn in range(10):
             promote(lake, other, force=True) if turn % 2 == 0 else rollback(lake)
             wanted = (other, one)[turn % 2]
-            end = time.monotonic() + 60
-            while service.switch.now.key[0] != wanted and time.monotonic() < end:
-                time.sleep(0.02)
+            until(lambda name=wanted: service.switch.now.key[0] == name)
             time.sleep(0.1)
             alone = client.post("/predict", json=body).json()
             assert alone["model_version"] == wanted, f"switch {turn}"
@@ -557,6 +556,13 @@ def test_a_challenger_that_is_behind_is_passed_over(two_models, monkeypatch):
         text = client.get("/metrics").text
         free.set()
     assert codes == {200} and 'hm_shadow_requests_total{outcome="passed over"} 3.0' in text
+
+
+def test_a_comparison_that_fails_makes_room():
+    aside = Aside(1)
+    assert aside.take(lambda: 1 / 0)
+    until(lambda: aside.take(lambda: None))
+    aside.pool.shutdown()
 
 
 def test_who_may_be_the_challenger(two_models):

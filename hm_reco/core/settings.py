@@ -95,9 +95,9 @@ def _folder(name: str) -> Any:
     alias = f"s3_{name}_prefix"
     return Field(name, validation_alias=alias, pattern=r"^[A-Za-z0-9][\w-]*$", description=about)
 
-# %% ../../nbs/core/00_settings.ipynb #9f3f57e1
-class Settings(BaseSettings):
-    """Where data live and how the service listens; each field can be set as `HM_<NAME>`."""
+# %% ../../nbs/core/00_settings.ipynb #9b0a1d49
+class _Here(BaseSettings):
+    """What has no other name than `HM_<NAME>`."""
 
     model_config = SettingsConfigDict(env_prefix="HM_", extra="ignore", populate_by_name=True)
 
@@ -112,6 +112,11 @@ class Settings(BaseSettings):
     dashboard: str = Field(
         "", description="Ray's dashboard, which takes jobs; empty: port 8265 of the cluster's head"
     )
+
+# %% ../../nbs/core/00_settings.ipynb #3ebd3a18
+class _OnS3(_Here):
+    """Where the lake is on S3, and who we are there."""
+
     s3_data_lake_bucket: str = Field(
         "",
         validation_alias="s3_data_lake_bucket",
@@ -140,6 +145,10 @@ class Settings(BaseSettings):
     aws_session_token: SecretStr | None = Field(
         None, validation_alias="aws_session_token", description="Token of a temporary key"
     )
+
+# %% ../../nbs/core/00_settings.ipynb #9f3f57e1
+class Settings(_OnS3):
+    """Where data live and how the service listens; each field can be set as `HM_<NAME>`."""
 
     @classmethod
     def settings_customise_sources(
