@@ -48,8 +48,7 @@ RUN printf '%s\n' '--extra-index-url https://download.pytorch.org/whl/cpu' torch
 # an image in which something is missing is not built.
 FROM running AS whole
 COPY nbs/stages nbs/stages
-COPY deploy/warm.py ./
-RUN python warm.py
+RUN python -c "from hm_reco.api.warm_up import main; main()"
 
 FROM running AS crowd
 RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['cluster'], sep='\n')" > cluster.txt \

@@ -27,8 +27,8 @@ from typing import Any
 import psutil
 from peers import peak_mb
 
-from hm_reco.core.lake import open_lake
-from hm_reco.core.sample import write_sample
+from hm_reco.data.synthetic import write_sample
+from hm_reco.lake.storage import open_lake
 from hm_reco.stages import ingestion, processing
 
 SHARDS, WEEKS = 4, 6
@@ -53,10 +53,11 @@ def process(root: str, _: int) -> float:
 
 def weeks(root: str, buyers: int) -> float:
     """Candidates and features of some weeks, of so many buyers each; seconds."""
-    from hm_reco.model.candidates import LIMITS
-    from hm_reco.model.evaluation import Plan, Walk, Work
-    from hm_reco.model.history import load_history
-    from hm_reco.model.known import count_sales
+    from hm_reco.data.history import load_history
+    from hm_reco.ranking.backtest import Walk, Work
+    from hm_reco.ranking.plan import Plan
+    from hm_reco.retrieval.aggregates import count_sales
+    from hm_reco.retrieval.candidates import LIMITS
 
     history = count_sales(load_history(open_lake(root)))
     plan = Plan(history.day, customers_per_week=buyers, pooled_weeks=WEEKS)

@@ -23,8 +23,9 @@ from tempfile import TemporaryDirectory
 import polars as pl
 from peers import peak_mb
 
-from hm_reco.core.lake import open_lake, scan
-from hm_reco.core.sample import write_sample
+from hm_reco.data.synthetic import write_sample
+from hm_reco.lake.storage import open_lake
+from hm_reco.lake.tables import scan
 from hm_reco.stages import ingestion, processing
 
 PEERS = Path(__file__).parents[1] / ".venv-peers" / "bin" / "python"

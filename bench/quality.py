@@ -24,17 +24,18 @@ from typing import Any
 import polars as pl
 from peers import peak_mb
 
-from hm_reco.core.lake import Lake, open_lake
-from hm_reco.core.metrics import average_precision
-from hm_reco.core.registry import RANKER, paired
-from hm_reco.core.sample import write_sample
-from hm_reco.model.baselines import best_sellers, filled
-from hm_reco.model.evaluation import Evaluation, Plan, evaluate, means
-from hm_reco.model.history import History, as_of, load_history, week_of
-from hm_reco.model.known import learn
-from hm_reco.model.ranker import RankerSettings
-from hm_reco.model.tower import Tower, TowerSettings, learn_vocabulary
-from hm_reco.model.tuning import tune
+from hm_reco.data.history import History, as_of, load_history, week_of
+from hm_reco.data.synthetic import write_sample
+from hm_reco.lake.storage import Lake, open_lake
+from hm_reco.ranking.backtest import Evaluation, evaluate
+from hm_reco.ranking.baselines import best_sellers, filled
+from hm_reco.ranking.comparison import means
+from hm_reco.ranking.metrics import average_precision, paired
+from hm_reco.ranking.plan import Plan
+from hm_reco.ranking.ranker import RANKER, RankerSettings
+from hm_reco.ranking.tuning import tune
+from hm_reco.retrieval.aggregates import learn
+from hm_reco.retrieval.two_tower import Tower, TowerSettings, learn_vocabulary
 from hm_reco.stages.ingestion import ingest
 from hm_reco.stages.processing import process
 

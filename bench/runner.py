@@ -18,8 +18,8 @@ from tempfile import TemporaryDirectory
 
 import psutil
 
-from hm_reco.core.lake import Lake, open_lake
-from hm_reco.core.sample import write_sample
+from hm_reco.data.synthetic import write_sample
+from hm_reco.lake.storage import Lake, open_lake
 
 HM = str(Path(sys.executable).with_name("hm"))
 PAPERMILL = str(Path(sys.executable).with_name("papermill"))
@@ -48,7 +48,7 @@ def call(*words: str) -> str:
 
 FUNCTION = """
 import sys
-from hm_reco.core.lake import open_lake
+from hm_reco.lake.storage import open_lake
 from hm_reco.stages.processing import process, what_changed
 lake = open_lake(sys.argv[1])
 process(lake, change=what_changed(lake, rebuild=True))

@@ -24,9 +24,10 @@ import numpy as np
 import polars as pl
 from peers import peak_mb
 
-from hm_reco.core.lake import open_lake, scan
-from hm_reco.core.sample import write_sample
-from hm_reco.model.history import load_history, map_purchases
+from hm_reco.data.history import load_history, map_purchases
+from hm_reco.data.synthetic import write_sample
+from hm_reco.lake.storage import open_lake
+from hm_reco.lake.tables import scan
 from hm_reco.stages import ingestion, processing
 
 FULL, SHARDS = 1_371_980, 8
@@ -82,7 +83,7 @@ def shard(root: str, _: int) -> Figures:
 
 def sales(root: str, shards: int) -> Figures:
     """How articles sell, of one of so many shards, added to that of another."""
-    from hm_reco.model.known import _added, _counted
+    from hm_reco.retrieval.aggregates import _added, _counted
 
     history = load_history(open_lake(root))
     began = time.perf_counter()
@@ -98,9 +99,10 @@ def sales(root: str, shards: int) -> Figures:
 
 def week(root: str, buyers: int) -> Figures:
     """Candidates and features of the last week."""
-    from hm_reco.model.candidates import LIMITS
-    from hm_reco.model.evaluation import Plan, Turn, Work
-    from hm_reco.model.known import count_sales
+    from hm_reco.ranking.backtest import Turn, Work
+    from hm_reco.ranking.plan import Plan
+    from hm_reco.retrieval.aggregates import count_sales
+    from hm_reco.retrieval.candidates import LIMITS
 
     history = count_sales(load_history(open_lake(root)))
     work = Work(

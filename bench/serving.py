@@ -35,8 +35,16 @@ import psutil
 from fastapi import FastAPI
 from pydantic_core import to_json
 
-from hm_reco.core.lake import Lake, open_lake, scan
-from hm_reco.core.registry import (
+from hm_reco.api.model_manager import load, wanted
+from hm_reco.api.responses import respond
+from hm_reco.api.schemas import PredictRequest
+from hm_reco.lake.storage import Lake, open_lake
+from hm_reco.lake.tables import scan
+from hm_reco.ranking.features import add_features
+from hm_reco.ranking.forest import scores
+from hm_reco.ranking.ranker import rank
+from hm_reco.registry.bundle import load_bundle, save_bundle
+from hm_reco.registry.registry import (
     champion,
     enter_model,
     put_scores,
@@ -44,14 +52,7 @@ from hm_reco.core.registry import (
     read_scores,
     seen_at_once,
 )
-from hm_reco.model.bundle import load_bundle, save_bundle
-from hm_reco.model.candidates import propose
-from hm_reco.model.features import add_features
-from hm_reco.model.forest import scores
-from hm_reco.model.ranker import rank
-from hm_reco.service.answers import respond
-from hm_reco.service.contract import PredictRequest
-from hm_reco.service.switch import load, wanted
+from hm_reco.retrieval.candidates import propose
 
 echo = FastAPI()
 

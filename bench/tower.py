@@ -14,14 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hm_reco.model.history import History, sample_history
-from hm_reco.model.tower import (
-    Learner,
-    Tower,
-    TowerSettings,
-    learn_vocabulary,
-    to_rows,
-)
+from hm_reco.data.history import History, sample_history
+from hm_reco.retrieval.two_tower import Learner, Tower, TowerSettings, learn_vocabulary, to_rows
 
 PURCHASES = 31_788_324  # of H&M's two years: one pass through all of them
 FLOAT = 4  # bytes

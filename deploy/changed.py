@@ -13,16 +13,16 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from hm_reco.core.code import code_key
+from hm_reco.lake.fingerprint import code_key
 
 ROOT = Path(__file__).parents[1]
 NO_BASE = "0" * 40  # what GitHub names as the base of a new branch
 IN_NO_IMAGE = ("docs/", "tests/", "bench/", "nbs/explore/", ".github/", "deploy/", "config/")
-IN_IMAGES = ("deploy/entrypoint.sh", "deploy/warm.py")
+IN_IMAGES = ("deploy/entrypoint.sh",)
 NOT_BUILT = re.compile(
     r"nbs/00_start\.ipynb|hm_reco/_modidx\.py|[A-Z]+\.md|LICENSE|mkdocs\.yml|\.(?!dockerignore).*"
 )
-GROUND = "hm_reco.core."  # everything stands on it
+GROUND = ("hm_reco.lake.", "hm_reco.api.warm_up")  # part of every image
 EXPORTED = re.compile(r"^#\| default_exp ([\w.]+)$", re.MULTILINE)
 
 

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 ROOT = Path(__file__).parents[1]
 ACT = ROOT / ".venv-delivery" / "bin" / "act"
 WORKFLOW = ".github/workflows/ci.yml"
-TOUCHED = "nbs/eda/05_pairs.ipynb"
+TOUCHED = "nbs/reporting/06_baskets.ipynb"
 STAND_IN = """name: stand-in
 description: in place of an action from elsewhere
 runs: {using: composite, steps: [{run: echo stand-in, shell: bash}]}

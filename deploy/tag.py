@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-from hm_reco.core.code import release
+from hm_reco.lake.fingerprint import release
 
 SHA = re.compile(r"[0-9a-f]{40}")
 LONGEST = 128  # of a tag, by the OCI distribution specification

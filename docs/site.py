@@ -124,7 +124,8 @@ def stages_page() -> str:
 
 def tables_page() -> str:
     """All tables of a lake and their columns, from a small lake."""
-    from hm_reco.core.lake import scan, stage_of, table_names
+    from hm_reco.lake.storage import stage_of
+    from hm_reco.lake.tables import scan, table_names
     from hm_reco.stages.demo import demo_lake
 
     lake, parts = demo_lake("training", 300), ["# Tables\n\nDelta tables, by who writes them."]
@@ -139,7 +140,7 @@ def tables_page() -> str:
 
 def rest_page() -> str:
     """Routes, and the fields of what they are asked, from the OpenAPI document."""
-    from hm_reco.service.app import create_app
+    from hm_reco.api.app import create_app
 
     document = create_app().openapi()
     routes = [

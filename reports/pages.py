@@ -9,7 +9,7 @@ from hashlib import sha256
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Protocol
 
-from jinja2 import Environment, FunctionLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, FunctionLoader, PackageLoader, StrictUndefined
 
 if TYPE_CHECKING:  # the service draws pages, too, and has no notebooks
     from nbformat import NotebookNode
@@ -23,7 +23,7 @@ BANNER_TAG = "papermill-error-cell-tag"
 
 
 class Entry(Protocol):
-    """What the pages need of a stage of a run; see `hm_reco.core.ledger.Entry`."""
+    """What the pages need of a stage of a run; see `hm_reco.lake.runs.Entry`."""
 
     run_id: str
     stage: str
@@ -55,22 +55,30 @@ def _load(name: str) -> str:
 
 
 @cache
-def _environment() -> Environment:
-    loader = FunctionLoader(_load)
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+def _environment(package: str) -> Environment:
+    loaders = [PackageLoader(package)] if package else []
+    environment = Environment(
+        loader=ChoiceLoader([*loaders, FunctionLoader(_load)]),
+        autoescape=True,
+        undefined=StrictUndefined,
+    )
     environment.globals |= {"style": _load("style.css"), "search": _load("search.js")}
     environment.filters |= {"number": _number, "leaves": _leaves}
     return environment
+
+
+def render_page(template: str, package: str = "", **values: Any) -> str:
+    """A page from a template of this folder, or of another package's `templates` folder.
+
+    Templates of other packages may extend those of this folder, and have its style and filters.
+    """
+    return _environment(package).get_template(template).render(**values)
 
 
 def script_source() -> str:
     """The index's script, as a Content-Security-Policy names it: no other may run."""
     digest = b64encode(sha256(_load("search.js").encode()).digest()).decode()
     return f"'sha256-{digest}'"
-
-
-def _page(template: str, **values: Any) -> str:
-    return _environment().get_template(template).render(**values)
 
 
 def _number(value: Any) -> str:
@@ -155,7 +163,7 @@ def notebook_page(notebook: "NotebookNode", entry: Entry) -> str:
     body = SCROLLED.sub(r'<\1 tabindex="0"', body)
     body = HEADING.sub(_with_id, body)
     title, purpose = _title(notebook)
-    return _page("report.html.j2", title=title, purpose=purpose, body=body, entry=entry)
+    return render_page("report.html.j2", title=title, purpose=purpose, body=body, entry=entry)
 
 
 def _figure(metrics: Any, path: str) -> Any:
@@ -205,7 +213,7 @@ def run_page(run_id: str, entries: Sequence[Entry], stages: Mapping[str, Stage],
     """What ran, with what, how it went, what came out, and how to repeat it."""
     shown = sorted(entries, key=lambda e: e.started)
     sweep = TRIAL.fullmatch(run_id)
-    return _page(
+    return render_page(
         "run.html.j2",
         run_id=run_id,
         entries=shown,
@@ -225,7 +233,7 @@ def sweep_page(
 ) -> str:
     """The trials of a sweep side by side; `varied` holds the values of each run that vary."""
     rows = [(entry, dict(varied[entry.run_id]), headline(entry, stages)) for entry in entries]
-    return _page("sweep.html.j2", sweep_id=sweep_id, rows=rows, lake=lake)
+    return render_page("sweep.html.j2", sweep_id=sweep_id, rows=rows, lake=lake)
 
 
 def index_page(
@@ -237,7 +245,7 @@ def index_page(
 ) -> str:
     """Figures over time, models and runs, the newest first; `entries` are in order of time.
 
-    `models` are rows of `hm_reco.core.registry.model_rows`; `shadow`: a page on a challenger.
+    `models` are rows of `hm_reco.registry.registry.model_rows`; `shadow`: a page on a challenger.
     """
     runs: dict[str, list[Entry]] = {}
     for entry in entries:
@@ -245,7 +253,7 @@ def index_page(
     newest = dict(list(reversed(runs.items()))[:INDEX_RUNS])
     figures = {(e.run_id, e.stage): headline(e, stages) for part in newest.values() for e in part}
     whole = [e for e in entries if not TRIAL.fullmatch(e.run_id)][-5 * INDEX_RUNS :]
-    return _page(
+    return render_page(
         "index.html.j2",
         lake=lake,
         runs=newest,
@@ -279,13 +287,3 @@ def _points(values: Sequence[tuple[Entry, Any]]) -> list[dict[str, Any]]:
         | {"run_id": e.run_id, "value": v}
         for i, (e, v) in enumerate(values)
     ]
-
-
-def service_page(**values: Any) -> str:
-    """The service's page for people; see `service.html.j2` for what it shows."""
-    return _page("service.html.j2", **values)
-
-
-def shadow_page(**values: Any) -> str:
-    """How a challenger's answers differ; see `hm_reco.service.shadow.summary` for the figures."""
-    return _page("shadow.html.j2", **values)

@@ -14,13 +14,14 @@ from typing import Any
 
 import yaml
 
-from hm_reco.core.lake import Lake, branch, stage_of
-from hm_reco.core.ledger import Entry, read_ledger
-from hm_reco.core.sources import fingerprint
+from hm_reco.lake.published import branch
+from hm_reco.lake.runs import Entry, read_ledger
+from hm_reco.lake.storage import Lake, stage_of
 from runner.board import Board
 from runner.cache import key_of
 from runner.execute import Execution
 from runner.graph import Stage, load_pipeline, project_root, read_yaml
+from runner.hooks import Hooks
 from runner.parameters import ParameterError, Resolved, is_list, model_of, resolve
 from runner.stage import Job
 
@@ -55,7 +56,9 @@ def trials(
     return found
 
 
-def repeat(lake: Lake, run_id: str, into: str | None, board: Board) -> list[dict[str, Any]]:
+def repeat(
+    lake: Lake, run_id: str, into: str | None, board: Board, hooks: Hooks
+) -> list[dict[str, Any]]:
     """Run the stages of a run again, on a branch of the lake as it was, and compare the metrics.
 
     Returns a row a stage: `stage`, `agree`, `differences`. Raises `LookupError` for a run that did
@@ -66,13 +69,13 @@ def repeat(lake: Lake, run_id: str, into: str | None, board: Board) -> list[dict
         states = ", ".join(f"{e.stage} {e.state}" for e in entries) or "no such run"
         raise LookupError(f"run {run_id!r} cannot be repeated: {states}; see hm runs")
     for source, seen in (pair for e in entries for pair in e.sources.items()):
-        if fingerprint(source) != seen:
+        if hooks.fingerprint(source) != seen:
             board.say(f"warning: {source} has changed since the run", "yellow")
     with code_of(entries, board) as root, TemporaryDirectory(prefix="hm-repeat-") as folder:
         pipeline = load_pipeline(root / "runner" / "pipeline.yaml", root)
         beside = branch(lake, into or folder, _tables_before(lake, run_id, entries))
         jobs = [Job(pipeline[e.stage], _parameters(e), run_id, root) for e in entries]
-        again = Execution(beside, jobs, board, limit=2).run()
+        again = Execution(beside, jobs, board, hooks, limit=2).run()
     return [_compare(entry, next(e for e in again if e.stage == entry.stage)) for entry in entries]
 
 

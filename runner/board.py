@@ -8,7 +8,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from hm_reco.core.ledger import Entry
+from hm_reco.lake.runs import Entry
 from runner.watch import Watch
 
 TELL_SECONDS = 30.0

@@ -1,12 +1,11 @@
 """Does a stage have to run again? Its code, parameters, sources and tables tell."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from hm_reco.core.code import code_key, short_hash
-from hm_reco.core.ledger import Entry
-from hm_reco.core.registry import REGISTRY
-from hm_reco.core.sources import fingerprint
+from hm_reco.lake.fingerprint import code_key, short_hash
+from hm_reco.lake.runs import Entry
+from hm_reco.lake.storage import REGISTRY
 from runner.graph import Stage, project_root
 
 NOT_PART = ("lake", "run_id")  # parameters that say where, not what
@@ -34,8 +33,12 @@ def decide(
     stage: Stage,
     parameters: Mapping[str, Any],
     entries: Sequence[Entry],
+    fingerprint: Callable[[str], str],
 ) -> Decision:
-    """Compare a stage with its succeeded runs in the ledger's `entries`, and the lake's tables."""
+    """Compare a stage with its succeeded runs in the ledger's `entries`, and the lake's tables.
+
+    `fingerprint` is that of a source outside of the lake.
+    """
     key = key_of(stage, parameters)
     own = [e for e in entries if e.stage == stage.name and e.state != "reused"]
     done = [e for e in own if e.state == "succeeded"]
@@ -44,7 +47,7 @@ def decide(
     same = next((e for e in reversed(done) if e.key == key), None)
     if same is None:
         return Decision("; ".join(_differences(done[-1].key, key)), key)
-    reasons = list(_moved(vouched, same))
+    reasons = list(_moved(vouched, same, fingerprint))
     return Decision("; ".join(reasons), key) if reasons else Decision("unchanged", key, same)
 
 
@@ -64,7 +67,9 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
         yield f"{name}: {before.get(name)!r} → {after.get(name)!r}"
 
 
-def _moved(vouched: Mapping[str, Mapping[str, int]], entry: Entry) -> Iterator[str]:
+def _moved(
+    vouched: Mapping[str, Mapping[str, int]], entry: Entry, fingerprint: Callable[[str], str]
+) -> Iterator[str]:
     """What has changed around a run whose code and parameters are the same."""
     for source, seen in entry.sources.items():
         if fingerprint(source) != seen:

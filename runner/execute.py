@@ -13,10 +13,12 @@ from typing import Any
 
 import psutil
 
-from hm_reco.core.lake import Lake, read_vouched, take_back, write_json
-from hm_reco.core.ledger import Entry, Outcome, enter, git_commit, read_ledger
+from hm_reco.lake.published import take_back
+from hm_reco.lake.runs import Entry, Outcome, enter, git_commit, read_ledger
+from hm_reco.lake.storage import Lake, read_vouched, write_json
 from runner.board import Board
 from runner.cache import Decision, decide, key_of
+from runner.hooks import Hooks
 from runner.render import render_index, render_run
 from runner.stage import TEMPORARY, Job, load_ballast, run_stage
 from runner.watch import Watch
@@ -85,11 +87,17 @@ class Execution:
     """Jobs that run side by side, as far as their stages' order and `limit` allow."""
 
     def __init__(
-        self, lake: Lake, jobs: Sequence[Job], board: Board, limit: int, run_one: Any = run_stage
+        self,
+        lake: Lake,
+        jobs: Sequence[Job],
+        board: Board,
+        hooks: Hooks,
+        limit: int,
+        run_one: Any = run_stage,
     ) -> None:
         """Nothing runs yet; `run_one` runs a stage once, see `run_stage`."""
         self.run_one = run_one
-        self.lake, self.board, self.limit = lake, board, limit
+        self.lake, self.board, self.hooks, self.limit = lake, board, hooks, limit
         self.waiting = list(jobs)
         self.running: dict[Future[Entry], tuple[Job, Watch]] = {}
         self.ended: list[Entry] = []
@@ -195,7 +203,7 @@ class Execution:
             enter(self.lake, *reused)
         for run_id in {entry.run_id for entry in self.ended}:
             render_run(self.lake, run_id)
-        render_index(self.lake)
+        render_index(self.lake, self.hooks)
 
     def _page(self, run_id: str) -> None:
         render_run(self.lake, run_id, [e for e in self.ended if e.run_id == run_id])
@@ -219,16 +227,22 @@ def _signals(end: Callable[[str], None]) -> Iterator[None]:
 
 
 def run_jobs(
-    lake: Lake, jobs: Sequence[Job], board: Board, limit: int = 2, force: bool = False
+    lake: Lake,
+    jobs: Sequence[Job],
+    board: Board,
+    hooks: Hooks,
+    limit: int = 2,
+    force: bool = False,
 ) -> list[Entry]:
     """Run jobs whose stages' leases are held; what has not changed is taken from earlier runs.
 
     Raises `StageError` when stages did not succeed; those that do not depend on them ran.
     """
     entries = prepare(lake, [job.stage.name for job in jobs], board)
-    execution = Execution(lake, jobs, board, limit)
+    execution = Execution(lake, jobs, board, hooks, limit)
 
     def decide_for(job: Job) -> Decision:
-        return decide(execution.vouched, job.stage, job.parameters.values, entries)
+        values, vouched = job.parameters.values, execution.vouched
+        return decide(vouched, job.stage, values, entries, hooks.fingerprint)
 
     return execution.run(always if force else decide_for)

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from hm_reco.core.settings import find_settings_file
+from hm_reco.lake.settings import find_settings_file
 
 PIPELINE = Path(__file__).with_name("pipeline.yaml")
 

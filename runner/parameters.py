@@ -17,7 +17,7 @@ import nbformat
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from hm_reco.core.sources import PASSWORD
+from hm_reco.lake.settings import PASSWORD
 from runner.graph import Stage, read_yaml
 
 # what an annotation in a parameters cell may name

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from hm_reco.core.lake import Lake, put_file
-from hm_reco.core.ledger import Entry, read_ledger
-from hm_reco.core.registry import model_rows
+from hm_reco.lake.runs import Entry, read_ledger
+from hm_reco.lake.storage import Lake, put_file
 from reports.pages import index_page, run_page, sweep_page
 from runner.graph import load_pipeline
+from runner.hooks import Hooks
 
 
 def render_run(lake: Lake, run_id: str, entries: Sequence[Entry] | None = None) -> None:
@@ -27,10 +27,10 @@ def render_sweep(
     put_file(lake.path("reports", sweep_id, "index.html"), page)
 
 
-def render_index(lake: Lake) -> None:
+def render_index(lake: Lake, hooks: Hooks) -> None:
     """Write `reports/index.html`."""
     lake = replace(lake)  # an open lake sees what was vouched for when it was first asked
     shadow = lake.path("reports", "shadow.html").is_file()
-    entries, models = read_ledger(lake), model_rows(lake)
+    entries, models = read_ledger(lake), hooks.model_rows(lake)
     page = index_page(entries, load_pipeline(), lake.root, models, shadow)
     put_file(lake.path("reports", "index.html"), page)

@@ -13,8 +13,8 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from runner.deployment import FILES, manifests, write_manifest
 from runner.graph import PIPELINE, PipelineError, choose, load_pipeline, project_root
-from runner.manifests import FILES, manifests, write_manifest
 
 FENCE = re.compile(r"^```python *(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NAME = re.compile(r"[a-z][a-z0-9_]{1,40}")

@@ -9,8 +9,9 @@ from typing import Any
 
 import nbformat
 
-from hm_reco.core.lake import Lake, put_file, read_manifest, write_json
-from hm_reco.core.ledger import Entry, Outcome, enter, git_commit
+from hm_reco.lake.published import read_manifest
+from hm_reco.lake.runs import Entry, Outcome, enter, git_commit
+from hm_reco.lake.storage import Lake, put_file, write_json
 from reports.pages import add_banner, notebook_page
 from runner.board import Board
 from runner.graph import Stage, project_root

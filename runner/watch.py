@@ -11,8 +11,8 @@ from subprocess import Popen
 
 import psutil
 
-from hm_reco.core.ledger import Outcome
-from hm_reco.core.settings import Settings
+from hm_reco.lake.runs import Outcome
+from hm_reco.lake.settings import Settings
 
 SAMPLE_SECONDS = 0.1
 

@@ -16,8 +16,8 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, sync_playwright
 
-from hm_reco.core.lake import Lake, open_lake
-from hm_reco.core.sample import write_sample
+from hm_reco.data.synthetic import write_sample
+from hm_reco.lake.storage import Lake, open_lake
 from hm_reco.stages.demo import demo_lake
 from tests.faults import finish, start
 

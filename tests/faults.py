@@ -17,9 +17,10 @@ from urllib.parse import urlsplit
 import polars as pl
 import psutil
 
-from hm_reco.core.lake import STAGE_OF, Lake, folders_of, has_table, open_lake, scan, table_names
-from hm_reco.core.ledger import read_ledger
-from hm_reco.core.loads import LOADS
+from hm_reco.data.ingest_log import LOADS
+from hm_reco.lake.runs import read_ledger
+from hm_reco.lake.storage import STAGE_OF, Lake, folders_of, open_lake
+from hm_reco.lake.tables import has_table, scan, table_names
 from runner.graph import load_pipeline
 
 HM = Path(sys.executable).with_name("hm")

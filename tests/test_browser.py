@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page
 
-from hm_reco.model.history import load_history
+from hm_reco.data.history import load_history
 from hm_reco.stages.inference import portraits
 from tests.conftest import faults, free_port, wait_for
 

@@ -9,14 +9,14 @@ import polars as pl
 import pytest
 from typer.testing import CliRunner
 
-from hm_reco.core import commands
-from hm_reco.core.lake import open_lake
-from hm_reco.core.lease import leases
-from hm_reco.core.loads import read_loads
+from hm_reco.data.ingest_log import read_loads
+from hm_reco.lake.lease import leases
+from hm_reco.lake.storage import open_lake
 from runner.cli import app
 
 hm = CliRunner()
-COMMANDS = [*app.registered_commands, *commands.app.registered_commands]
+PARTS = [part.typer_instance for part in app.registered_groups if part.name is None]
+COMMANDS = [command for part in PARTS for command in part.registered_commands]
 
 
 @pytest.mark.parametrize("command", [c.name or c.callback.__name__ for c in COMMANDS])
@@ -113,9 +113,9 @@ def test_a_password_in_a_parameter_is_neither_kept_nor_shown(tmp_path):
 
 
 def test_a_module_edited_by_hand_is_told_with_the_way_back(monkeypatch):
-    edited = {"hm_reco/core/lake.py": "nbs/core/01_lake.ipynb"}
+    edited = {"hm_reco/core/lake.py": "nbs/lake/01_storage.ipynb"}
     for found, code in ((edited, 1), ({}, 0)):
-        monkeypatch.setattr("hm_reco.core.code.edited_by_hand", lambda root, it=found: it)
+        monkeypatch.setattr("hm_reco.lake.fingerprint.edited_by_hand", lambda root, it=found: it)
         told = hm.invoke(app, ["check"])
         assert told.exit_code == code
         assert ("nbdev-update --fname hm_reco/core/lake.py" in told.output) == bool(found)

@@ -20,33 +20,29 @@ import psutil
 import pytest
 
 ray = pytest.importorskip("ray")
-from ray.cluster_utils import Cluster  # noqa: E402
+from ray.cluster_utils import Cluster
 
-from hm_reco.core.cluster import ClusterError, map_on, reduce_on  # noqa: E402
-from hm_reco.core.lake import open_lake, scan  # noqa: E402
-from hm_reco.core.sample import write_sample  # noqa: E402
-from hm_reco.model import tuning  # noqa: E402
-from hm_reco.model.evaluation import Plan, Trainers, evaluate  # noqa: E402
-from hm_reco.model.features import Matrix, labelled, open_week  # noqa: E402
-from hm_reco.model.history import History, load_history, sample_history  # noqa: E402
-from hm_reco.model.known import count_sales  # noqa: E402
-from hm_reco.model.ranker import RankerSettings, thin, train  # noqa: E402
-from hm_reco.model.recommend import Recommender, predict_all  # noqa: E402
-from hm_reco.model.together import Crew  # noqa: E402
-from hm_reco.model.tower import (  # noqa: E402
-    Tower,
-    TowerSettings,
-    advance,
-    learn_vocabulary,
-    to_bytes,
-)
-from hm_reco.model.tuning import Exam, exam_of  # noqa: E402
-from hm_reco.service.switch import load, wanted  # noqa: E402
-from hm_reco.stages import processing  # noqa: E402
-from hm_reco.stages.ingestion import ingest  # noqa: E402
-from hm_reco.stages.processing import PROCESSED, process  # noqa: E402
-from hm_reco.stages.training import trainers_of  # noqa: E402
-from tests.conftest import free_port  # noqa: E402
+from hm_reco.api.model_manager import load, wanted
+from hm_reco.compute.cluster import ClusterError, map_on, reduce_on
+from hm_reco.data.history import History, load_history, sample_history
+from hm_reco.data.synthetic import write_sample
+from hm_reco.lake.storage import open_lake
+from hm_reco.lake.tables import scan
+from hm_reco.ranking import tuning
+from hm_reco.ranking.backtest import Trainers, evaluate
+from hm_reco.ranking.distributed import Crew
+from hm_reco.ranking.features import Matrix, labelled, open_week
+from hm_reco.ranking.plan import Plan
+from hm_reco.ranking.ranker import RankerSettings, thin, train
+from hm_reco.ranking.tuning import Exam, exam_of
+from hm_reco.retrieval.aggregates import count_sales
+from hm_reco.retrieval.two_tower import Tower, TowerSettings, advance, learn_vocabulary, to_bytes
+from hm_reco.serving.recommend import Recommender, predict_all
+from hm_reco.stages import processing
+from hm_reco.stages.ingestion import ingest
+from hm_reco.stages.processing import PROCESSED, process
+from hm_reco.stages.training import trainers_of
+from tests.conftest import free_port
 
 CLIENT = free_port()  # where who is not of the cluster connects
 
@@ -276,7 +272,7 @@ def test_a_killed_process_loses_nothing(cluster, tmp_path):
 
 WORK = """
 import sys, time
-from hm_reco.core.lake import open_lake
+from hm_reco.lake.storage import open_lake
 from hm_reco.stages import processing
 if sys.argv[2] == "slow":
     real = processing.process_block
@@ -312,7 +308,7 @@ def test_a_driver_that_is_killed_leaves_nothing_behind(cluster, tmp_path):
 
 FULL = """
 import numpy as np, ray
-from hm_reco.core.cluster import ClusterError, map_on, reduce_on
+from hm_reco.compute.cluster import ClusterError, map_on, reduce_on
 small = {"num_cpus": 1, "object_store_memory": 80_000_000, "include_dashboard": False}
 disk = {"local_fs_capacity_threshold": 0.0001}  # to Ray the disk is full, too
 ray.init("local", logging_level="ERROR", log_to_driver=False, _system_config=disk, **small)
@@ -333,7 +329,7 @@ def test_who_is_not_of_the_cluster_connects_as_a_client(cluster):
     with socket.socket() as knock:
         while knock.connect_ex(("127.0.0.1", CLIENT)) and time.monotonic() < end:
             time.sleep(0.5)
-    work = "from hm_reco.core.cluster import map_on, reduce_on\n"
+    work = "from hm_reco.compute.cluster import map_on, reduce_on\n"
     work += "print(map_on({0!r}, lambda n: 2 * n, range(4)), end=' ')\n"
     work += "print(reduce_on({0!r}, lambda n: n, int.__add__, range(4)))"
     words = [sys.executable, "-c", work.format(f"ray://127.0.0.1:{CLIENT}")]

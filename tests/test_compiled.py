@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from hm_reco.model import candidates, features
-from hm_reco.model.features import labelled, open_week
-from hm_reco.model.forest import open_forest
-from hm_reco.model.history import as_of, sample_history
-from hm_reco.model.ranker import RankerSettings, rank, train
-from hm_reco.model.tower import Tower, TowerSettings, advance, learn_vocabulary
-from hm_reco.model.tuning import exam_of
+from hm_reco.data.history import as_of, sample_history
+from hm_reco.ranking import features
+from hm_reco.ranking.features import labelled, open_week
+from hm_reco.ranking.forest import open_forest
+from hm_reco.ranking.ranker import RankerSettings, rank, train
+from hm_reco.ranking.tuning import exam_of
+from hm_reco.retrieval import candidates
+from hm_reco.retrieval.two_tower import Tower, TowerSettings, advance, learn_vocabulary
 
 
 def compute(file: Path) -> None:

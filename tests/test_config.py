@@ -14,14 +14,9 @@ import polars as pl
 import pytest
 from typer.testing import CliRunner
 
-from hm_reco.core.lake import find_file, open_lake, put_file, table_names, write
-from hm_reco.core.settings import (
-    Settings,
-    aws_schema,
-    explain_settings,
-    origin_of,
-    settings_page,
-)
+from hm_reco.lake.settings import Settings, aws_schema, explain_settings, origin_of, settings_page
+from hm_reco.lake.storage import find_file, open_lake, put_file
+from hm_reco.lake.tables import table_names, write
 from runner.cli import app
 from tests.conftest import BUCKET, free_port, wait_for
 

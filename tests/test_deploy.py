@@ -18,8 +18,8 @@ from deploy.gitops import main as tell
 from deploy.tag import branch_part, tags
 from deploy.tag import main as tag
 from runner.cli import app
+from runner.deployment import FILES, manifests
 from runner.graph import load_pipeline
-from runner.manifests import FILES, manifests
 
 SHA = "0123456789abcdef0123456789abcdef01234567"  # pragma: allowlist secret
 DIGEST, OTHER = ("sha256:" + digit * 64 for digit in "ab")
@@ -119,20 +119,20 @@ def test_components_are_the_stages():
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
-        ("nbs/core/01_lake.ipynb", ALL),
-        ("hm_reco/core/commands.py", ALL),
-        ("nbs/model/08_forest.ipynb", ["training", "inference"]),
-        ("hm_reco/eda/drift.py", ["eda"]),
-        ("nbs/service/03_switch.ipynb", ["inference"]),
+        ("nbs/lake/01_storage.ipynb", ALL),
+        ("hm_reco/lake/storage.py", ALL),
+        ("nbs/ranking/02_forest.ipynb", ["training", "inference"]),
+        ("hm_reco/reporting/data_drift.py", ["eda"]),
+        ("nbs/api/03_model_manager.ipynb", ["inference"]),
         ("nbs/stages/10_ingestion.ipynb", ["ingestion"]),
-        ("runner/cli.py", ALL),
+        ("runner/cli/run.py", ALL),
         ("requirements.lock", ALL),
         ("Dockerfile", ALL),
         ("deploy/entrypoint.sh", ALL),
-        ("deploy/warm.py", ALL),
+        ("hm_reco/api/warm_up.py", ALL),
         ("deploy/tag.py", []),
         ("nobody/knows.it", ALL),
-        ("nbs/eda/99_removed.ipynb", ALL),
+        ("nbs/reporting/99_removed.ipynb", ALL),
         ("docs/tutorial.md", []),
         ("README.md", []),
         ("tests/test_cli.py", []),
@@ -144,7 +144,7 @@ def test_what_a_file_touches(path, expected):
 
 
 def test_several_files_touch_each_their_own():
-    assert touched(["nbs/eda/05_pairs.ipynb", "nbs/service/03_switch.ipynb"]) == [
+    assert touched(["nbs/reporting/06_baskets.ipynb", "nbs/api/03_model_manager.ipynb"]) == [
         "eda",
         "inference",
     ]

@@ -9,15 +9,16 @@ import polars as pl
 import pytest
 from typer.testing import CliRunner
 
-from hm_reco.core.lake import Lake, open_lake, scan, table_version, write
-from hm_reco.core.section import Report, as_json, schema
-from hm_reco.eda.articles import life_curve, mix, per_article, price_bands
-from hm_reco.eda.customers import concentration, per_customer, retention, warmth
-from hm_reco.eda.drift import TABLES, drift, versions_at
-from hm_reco.eda.purchases import baskets, discounts
-from hm_reco.eda.quality import empty_days, quality
-from hm_reco.eda.reach import proposals, reach
-from hm_reco.eda.rebuying import again
+from hm_reco.lake.storage import Lake, open_lake
+from hm_reco.lake.tables import scan, table_version, write
+from hm_reco.reporting.articles import life_curve, mix, per_article, price_bands
+from hm_reco.reporting.candidate_recall import proposals, reach
+from hm_reco.reporting.customers import concentration, per_customer, retention, warmth
+from hm_reco.reporting.data_drift import TABLES, drift, versions_at
+from hm_reco.reporting.purchases import baskets, discounts
+from hm_reco.reporting.quality import empty_days, quality
+from hm_reco.reporting.repurchase import again
+from hm_reco.reporting.section import Report, as_json, schema
 from hm_reco.stages.demo import demo_lake
 from hm_reco.stages.eda import examine
 from runner.cli import app

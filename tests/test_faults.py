@@ -7,8 +7,8 @@ import signal
 
 import psutil
 
-from hm_reco.core.lake import open_lake
-from hm_reco.core.ledger import read_ledger
+from hm_reco.lake.runs import read_ledger
+from hm_reco.lake.storage import open_lake
 from tests.faults import (
     assert_same,
     contents,

@@ -5,8 +5,8 @@ After each: run again, and the tables are those of a run that nobody disturbed.
 
 import os
 
-from hm_reco.core.lake import open_lake
-from hm_reco.core.ledger import read_ledger
+from hm_reco.lake.runs import read_ledger
+from hm_reco.lake.storage import open_lake
 from tests.faults import (
     STAGES,
     FaultyProxy,

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from hm_reco.core.lake import Lake, open_lake
-from hm_reco.core.registry import RANKER
-from hm_reco.model.bundle import MANIFEST, Bundle, BundleError, load_bundle, save_bundle
-from hm_reco.model.features import labelled, open_week
-from hm_reco.model.forest import check_trees, open_forest, scores
-from hm_reco.model.history import sample_history
-from hm_reco.model.ranker import RankerSettings, train
-from hm_reco.model.recommend import answer, open_recommender, predict_all, with_lists
-from hm_reco.model.space import Space, read_network
-from hm_reco.model.state import (
+from hm_reco.data.history import sample_history
+from hm_reco.lake.storage import Lake, open_lake
+from hm_reco.ranking.features import labelled, open_week
+from hm_reco.ranking.forest import check_trees, open_forest, scores
+from hm_reco.ranking.ranker import RANKER, RankerSettings, train
+from hm_reco.registry.bundle import MANIFEST, Bundle, BundleError, load_bundle, save_bundle
+from hm_reco.retrieval.embeddings import Space, read_network
+from hm_reco.retrieval.two_tower import Tower, TowerSettings, from_bytes, learn_vocabulary, to_bytes
+from hm_reco.serving.recommend import answer, open_recommender, predict_all, with_lists
+from hm_reco.serving.snapshot import (
     ARRAYS,
     LAYOUT,
     SERVING,
@@ -30,7 +30,6 @@ from hm_reco.model.state import (
     map_arrays,
     save_state,
 )
-from hm_reco.model.tower import Tower, TowerSettings, from_bytes, learn_vocabulary, to_bytes
 
 
 @pytest.fixture(scope="module")

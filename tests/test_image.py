@@ -16,9 +16,9 @@ import httpx
 import pytest
 import yaml
 
-from hm_reco.core.lake import open_lake
-from hm_reco.core.ledger import read_ledger
-from hm_reco.core.registry import read_models
+from hm_reco.lake.runs import read_ledger
+from hm_reco.lake.storage import open_lake
+from hm_reco.registry.registry import read_models
 from runner.graph import load_pipeline
 from tests.conftest import BUCKET, free_port, moto_server, s3_settings, wait_for
 

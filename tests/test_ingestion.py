@@ -9,9 +9,10 @@ import boto3
 import polars as pl
 import pytest
 
-from hm_reco.core.contracts import check, columns_of, read_as
-from hm_reco.core.lake import open_lake, scan, table_version
-from hm_reco.core.sources import Source, parts
+from hm_reco.data.contracts import check, columns_of, read_as
+from hm_reco.data.sources import Source, parts
+from hm_reco.lake.storage import open_lake
+from hm_reco.lake.tables import scan, table_version
 from hm_reco.stages.ingestion import ingest
 
 
@@ -239,7 +240,7 @@ def test_a_source_without_files_says_what_was_expected(lake, tmp_path):
 
 def test_a_member_that_unpacks_beyond_reason_is_refused(lake, files, tmp_path, monkeypatch):
     archive = shutil.make_archive(str(tmp_path / "data"), "zip", files)
-    monkeypatch.setattr("hm_reco.core.sources.MAX_BYTES", 1_000)
+    monkeypatch.setattr("hm_reco.data.sources.MAX_BYTES", 1_000)
     with pytest.raises(ValueError, match=r"more than 1000 bytes"):
         ingest(lake, archive)
 

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-import hm_reco.core.lease as module
-from hm_reco.core.lake import open_lake, put_file
-from hm_reco.core.lease import LEASES, LeaseError, S3Lease, leases
+import hm_reco.lake.lease as module
+from hm_reco.lake.lease import LEASES, LeaseError, S3Lease, leases
+from hm_reco.lake.storage import open_lake, put_file
 from tests.conftest import until
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from hm_reco.core.metrics import average_precision, bootstrap, recall
+from hm_reco.ranking.metrics import average_precision, bootstrap, recall
 
 
 def ap_by_loop(actual: set[int], predicted: list[int], k: int) -> float:

@@ -7,19 +7,9 @@ import polars as pl
 import pytest
 from fastapi.testclient import TestClient
 
-from hm_reco.core.lake import Lake
-from hm_reco.core.metrics import Interval
-from hm_reco.core.registry import NoModelError, champion, model_states, read_models
-from hm_reco.model.bundle import (
-    MANIFEST,
-    Bundle,
-    BundleError,
-    load_bundle,
-    save_bundle,
-)
-from hm_reco.model.evaluation import RANKER, Plan, evaluate, judge
-from hm_reco.model.features import Matrix, labelled, open_week
-from hm_reco.model.history import (
+from hm_reco.api.app import create_app
+from hm_reco.api.model_manager import load, wanted
+from hm_reco.data.history import (
     as_of,
     load_history,
     make_history,
@@ -27,11 +17,17 @@ from hm_reco.model.history import (
     parse_day,
     sample_history,
 )
-from hm_reco.model.publish import Origin, bundles_of, publish
-from hm_reco.model.ranker import RankerSettings, score, train
-from hm_reco.model.recommend import predict_all
-from hm_reco.service.app import create_app
-from hm_reco.service.switch import load, wanted
+from hm_reco.lake.storage import Lake
+from hm_reco.ranking.backtest import RANKER, evaluate
+from hm_reco.ranking.comparison import judge
+from hm_reco.ranking.features import Matrix, labelled, open_week
+from hm_reco.ranking.metrics import Interval
+from hm_reco.ranking.plan import Plan
+from hm_reco.ranking.ranker import RankerSettings, score, train
+from hm_reco.registry.bundle import MANIFEST, Bundle, BundleError, load_bundle, save_bundle
+from hm_reco.registry.registration import Origin, bundles_of, publish
+from hm_reco.registry.registry import NoModelError, champion, model_states, read_models
+from hm_reco.serving.recommend import predict_all
 from hm_reco.stages.demo import demo_lake
 from hm_reco.stages.training import metrics_of, report_on, train_and_publish
 

@@ -73,8 +73,8 @@ def test_a_new_component_goes_the_whole_way(clone: Path):
     notebook = "nbs/stages/60_price_watch.ipynb"
     assert components(clone)["price_watch"] == clone / notebook
     assert touched([notebook], clone) == ["price_watch"]
-    assert touched(["nbs/core/01_lake.ipynb"], clone)[-1] == "price_watch"
-    assert touched(["nbs/model/09_ranker.ipynb"], clone) == ["training", "inference"]
+    assert touched(["nbs/lake/01_storage.ipynb"], clone)[-1] == "price_watch"
+    assert touched(["nbs/ranking/03_ranker.ipynb"], clone) == ["training", "inference"]
 
     subprocess.run(["git", "init", "--quiet", str(clone)], check=True)
     me = ("-c", "user.name=me", "-c", "user.email=me@here", "commit", "--quiet", "--allow-empty")

@@ -10,7 +10,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from hm_reco.service.app import create_app
+from hm_reco.api.app import create_app
 
 CHECKS = [
     not_a_server_error,

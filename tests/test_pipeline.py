@@ -15,9 +15,14 @@ import pytest
 from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
-from hm_reco.core.lake import Lake, open_lake, scan, table_version, write
-from hm_reco.core.ledger import read_ledger
-from hm_reco.core.registry import (
+from hm_reco.api.app import create_app
+from hm_reco.api.model_manager import load, wanted
+from hm_reco.lake.runs import read_ledger
+from hm_reco.lake.settings import ServiceSettings
+from hm_reco.lake.storage import Lake, open_lake
+from hm_reco.lake.tables import scan, table_version, write
+from hm_reco.registry.bundle import load_bundle, save_bundle
+from hm_reco.registry.registry import (
     champion,
     enter_model,
     put_scores,
@@ -25,11 +30,7 @@ from hm_reco.core.registry import (
     read_scores,
     seen_at_once,
 )
-from hm_reco.core.settings import ServiceSettings
-from hm_reco.model.bundle import load_bundle, save_bundle
-from hm_reco.model.recommend import answer, answer_table
-from hm_reco.service.app import create_app
-from hm_reco.service.switch import load, wanted
+from hm_reco.serving.recommend import answer, answer_table
 from hm_reco.stages.ingestion import ingest
 from hm_reco.stages.processing import process
 from runner.cli import app

@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("ray")
 from ray.cluster_utils import Cluster
 
-from hm_reco.core.lake import open_lake
-from hm_reco.core.ledger import read_ledger
+from hm_reco.lake.runs import read_ledger
+from hm_reco.lake.storage import open_lake
 
 HM = str(Path(sys.executable).with_name("hm"))
 
@@ -64,7 +64,7 @@ def test_a_stage_that_fails_there_is_told_here(settings, lake):
 
 
 def test_what_no_machine_has_is_told_while_it_waits(settings, lake, tmp_path):
-    from hm_reco.core.rayjobs import Needs, follow_job, job_client
+    from runner.backends.ray_jobs import Needs, follow_job, job_client
 
     heard: list[str] = []
     asked = follow_job(

@@ -8,19 +8,12 @@ import polars as pl
 import pytest
 from typer.testing import CliRunner
 
-from hm_reco.core.lake import (
-    Lake,
-    append,
-    newest_version,
-    open_lake,
-    scan,
-    take_back,
-    write_manifest,
-)
-from hm_reco.core.lease import leases
-from hm_reco.core.registry import (
-    RANKER,
-    REGISTRY,
+from hm_reco.lake.lease import leases
+from hm_reco.lake.published import take_back, write_manifest
+from hm_reco.lake.storage import REGISTRY, Lake, open_lake
+from hm_reco.lake.tables import append, newest_version, scan
+from hm_reco.ranking.ranker import RANKER
+from hm_reco.registry.registry import (
     Model,
     NoModelError,
     PromotionError,

@@ -8,13 +8,24 @@ import jsonschema
 import polars as pl
 import pytest
 
-from hm_reco.core.registry import RANKER
-from hm_reco.core.section import Report, as_json, schema
-from hm_reco.model.cases import FATES, KINDS, calibration, chosen, fates, misses, stories, tell
-from hm_reco.model.evaluation import Evaluation, Plan, Verdict, evaluate, judge
-from hm_reco.model.history import History, sample_history
-from hm_reco.model.insight import slice_table
-from hm_reco.model.report import groups, ladder, sources, workings
+from hm_reco.data.history import History, sample_history
+from hm_reco.ranking.backtest import Evaluation, evaluate
+from hm_reco.ranking.comparison import Verdict, judge
+from hm_reco.ranking.plan import Plan
+from hm_reco.ranking.ranker import RANKER
+from hm_reco.reporting.analysis import slice_table
+from hm_reco.reporting.error_analysis import (
+    FATES,
+    KINDS,
+    calibration,
+    chosen,
+    fates,
+    misses,
+    stories,
+    tell,
+)
+from hm_reco.reporting.model_report import groups, ladder, sources, workings
+from hm_reco.reporting.section import Report, as_json, schema
 
 DAY = date(2020, 9, 16)
 

@@ -11,11 +11,12 @@ import nbformat
 import pytest
 from rich.console import Console
 
-from hm_reco.core.lake import Lake, open_lake, read_vouched
-from hm_reco.core.ledger import Entry, enter, git_commit, named_run, read_ledger
+from hm_reco.lake.runs import Entry, enter, git_commit, named_run, read_ledger
+from hm_reco.lake.storage import Lake, open_lake, read_vouched
 from runner.again import code_of
 from runner.board import Board
 from runner.cache import decide, key_of
+from runner.cli.options import library_hooks
 from runner.execute import StageError, run_jobs
 from runner.graph import Stage, load_pipeline, project_root
 from tests.toys import MANIFEST, job, run_toys, toy
@@ -170,7 +171,7 @@ def test_independent_stages_run_side_by_side_and_failures_stop_only_what_follows
     assert entries["one"].state == entries["two"].state == "succeeded"
     assert entries["bad"].state == "failed" and not {"after", "last"} & entries.keys()
     with pytest.raises(StageError, match=r"'bad' failed: ZeroDivisionError[\s\S]*bad\.ipynb"):
-        run_jobs(lake, [job(bad, "r2")], Board(Console(), quiet=True))
+        run_jobs(lake, [job(bad, "r2")], Board(Console(), quiet=True), library_hooks())
 
 
 def test_what_has_not_changed_is_not_run_again(tmp_path, lake: Lake):
@@ -183,7 +184,10 @@ def test_what_has_not_changed_is_not_run_again(tmp_path, lake: Lake):
 
     def why(stage, **given):
         todo = job(stage, **given)
-        return decide(read_vouched(lake), stage, todo.parameters.values, read_ledger(lake)).reason
+        values, entries = todo.parameters.values, read_ledger(lake)
+        return decide(
+            read_vouched(lake), stage, values, entries, library_hooks().fingerprint
+        ).reason
 
     assert why(stage) == "unchanged"
     assert why(stage, rate="0.2") == "rate: 0.1 → 0.2"
@@ -199,8 +203,11 @@ def test_sources_and_tables_belong_to_what_must_not_change(tmp_path, lake: Lake)
     data = tmp_path / "data"
     data.mkdir()
     (data / "a.csv").write_text("1")
-    body = "import polars as pl\nfrom hm_reco.core.lake import *\n"
-    body += "from hm_reco.core.sources import fingerprint\nhere = open_lake(lake)\n"
+    body = "import polars as pl\nfrom hm_reco.lake.storage import open_lake\n"
+    body += (
+        "from hm_reco.lake.tables import write\nfrom hm_reco.lake.published import write_manifest\n"
+    )
+    body += "from hm_reco.data.sources import fingerprint\nhere = open_lake(lake)\n"
     body += "version = write(here, 'raw/x', pl.DataFrame({'a': [1]}))\n"
     body += f"seen = {{'{data}': fingerprint('{data}')}}\n"
     body += "write_manifest(here, run_id, 'ingestion', {}, {'raw/x': version}, {}, seen)"
@@ -216,21 +223,23 @@ def test_sources_and_tables_belong_to_what_must_not_change(tmp_path, lake: Lake)
 
 def test_the_key_follows_the_library_that_a_notebook_imports(tmp_path, monkeypatch):
     key = key_of(toy(tmp_path), {"rate": 1, "lake": "x", "run_id": "y"})
-    assert {"hm_reco.core.lake", "hm_reco.core.settings"} <= key["library"].keys()
-    assert key["parameters"] == {"rate": 1} and "hm_reco.model.ranker" not in key["library"]
-    magic = "!ls\nfrom hm_reco.model.ranker import train\nfrom hm_reco.stages.demo import demo_lake"
+    assert {"hm_reco.lake.storage", "hm_reco.lake.settings"} <= key["library"].keys()
+    assert key["parameters"] == {"rate": 1} and "hm_reco.ranking.ranker" not in key["library"]
+    magic = (
+        "!ls\nfrom hm_reco.ranking.ranker import train\nfrom hm_reco.stages.demo import demo_lake"
+    )
     (tmp_path / "magic").mkdir()
     key = key_of(toy(tmp_path / "magic", magic), {})
-    assert "hm_reco.model.ranker" in key["library"] and "hm_reco.core.lake" in key["library"]
+    assert "hm_reco.ranking.ranker" in key["library"] and "hm_reco.lake.storage" in key["library"]
     assert not any(name.startswith("hm_reco.stages") for name in key["library"])
 
 
 def test_the_board_tells_on_a_terminal_and_in_a_log(tmp_path, lake: Lake):
     log = Console(record=True, file=open(os.devnull, "w"), width=120)  # noqa: SIM115, PTH123
-    body = "from hm_reco.core.progress import track\nimport time\n"
+    body = "from hm_reco.lake.progress import track\nimport time\n"
     body += "for i in track(range(3), 'weeks'):\n    time.sleep(1.1)\nprint('milk')\n"
     stage = toy(tmp_path, body + MANIFEST)
-    run_jobs(lake, [job(stage, "r1")], Board(log, verbose=True))
+    run_jobs(lake, [job(stage, "r1")], Board(log, verbose=True), library_hooks())
     text = log.export_text()
     assert "toy         started: it never ran here" in text and "toy | milk" in text
     assert "toy         succeeded" in text and "weeks: 2 of 3" in text
@@ -248,10 +257,10 @@ def test_the_board_tells_on_a_terminal_and_in_a_log(tmp_path, lake: Lake):
         seen.append(capture.get())
 
     board.tick = look  # type: ignore[method-assign]
-    run_jobs(lake, [job(stage, "r2")], board, force=True)
+    run_jobs(lake, [job(stage, "r2")], board, library_hooks(), force=True)
     assert any("cell 6/7" in s and "Run" in s and "weeks: " in s for s in seen), seen[-1]
     quiet = Console(record=True, file=open(os.devnull, "w"))  # noqa: SIM115, PTH123
-    run_jobs(lake, [job(stage, "r3")], Board(quiet, quiet=True))
+    run_jobs(lake, [job(stage, "r3")], Board(quiet, quiet=True), library_hooks())
     assert quiet.export_text() == ""
 
 

@@ -6,11 +6,11 @@ import numpy as np
 import polars as pl
 import pytest
 
-from hm_reco.core.metrics import average_precision
-from hm_reco.core.sample import customer_file, customer_ids, make_world, write_sample
-from hm_reco.model.baselines import BASELINES
-from hm_reco.model.features import open_week
-from hm_reco.model.history import sample_history
+from hm_reco.data.history import sample_history
+from hm_reco.data.synthetic import customer_file, customer_ids, make_world, write_sample
+from hm_reco.ranking.baselines import BASELINES
+from hm_reco.ranking.features import open_week
+from hm_reco.ranking.metrics import average_precision
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,17 @@ import psutil
 import pytest
 from fastapi.testclient import TestClient
 
-from hm_reco.core.lake import Lake, open_lake, put_file, scan
-from hm_reco.core.registry import (
+from hm_reco.api.app import create_app
+from hm_reco.api.middleware import MAX_BODY
+from hm_reco.api.schemas import EXAMPLE, PredictResponse, SimilarResponse
+from hm_reco.api.shadow import SHADOW, Aside, challenger
+from hm_reco.data.history import load_history
+from hm_reco.data.sources import Source
+from hm_reco.lake.settings import ServiceSettings
+from hm_reco.lake.storage import Lake, open_lake, put_file
+from hm_reco.lake.tables import scan
+from hm_reco.registry.bundle import load_bundle, save_bundle
+from hm_reco.registry.registry import (
     NoModelError,
     champion,
     enter_model,
@@ -35,15 +44,7 @@ from hm_reco.core.registry import (
     read_scores,
     rollback,
 )
-from hm_reco.core.settings import ServiceSettings
-from hm_reco.core.sources import Source
-from hm_reco.model.bundle import load_bundle, save_bundle
-from hm_reco.model.history import load_history
-from hm_reco.model.recommend import predict_all, with_ids, with_lists
-from hm_reco.service.app import create_app
-from hm_reco.service.contract import EXAMPLE, PredictResponse, SimilarResponse
-from hm_reco.service.guard import MAX_BODY
-from hm_reco.service.shadow import SHADOW, Aside, challenger
+from hm_reco.serving.recommend import predict_all, with_ids, with_lists
 from hm_reco.stages.demo import demo_lake
 from hm_reco.stages.inference import portraits
 from hm_reco.stages.ingestion import ingest
@@ -443,7 +444,7 @@ def test_deep_and_large_bodies_are_refused_before_they_are_parsed(client):
 def test_a_full_queue_and_a_slow_answer_are_told(trained_lake, monkeypatch):
     settings = ServiceSettings(queue=1, time_limit=0.3)
     free = threading.Event()
-    monkeypatch.setattr("hm_reco.service.app.respond", lambda *asked: free.wait(20))
+    monkeypatch.setattr("hm_reco.api.app.respond", lambda *asked: free.wait(20))
     body = EXAMPLE | {"k": 50}  # more than was computed before
     with TestClient(create_app(trained_lake, settings)) as client, ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda _: client.post("/predict", json=body), range(8)))
@@ -455,7 +456,7 @@ def test_a_full_queue_and_a_slow_answer_are_told(trained_lake, monkeypatch):
 
 
 def test_an_error_shows_no_trace(trained_lake, monkeypatch):
-    monkeypatch.setattr("hm_reco.service.app.respond", lambda *asked: 1 / 0)
+    monkeypatch.setattr("hm_reco.api.app.respond", lambda *asked: 1 / 0)
     client = TestClient(create_app(trained_lake), raise_server_exceptions=False)
     with client:
         answer = client.post("/predict", json=EXAMPLE)
@@ -527,7 +528,7 @@ def test_a_challenger_answers_aside(two_models, monkeypatch):
         given = client.post("/predict", json={"customer_ids": ids}).json()
         client.post("/predict", json={"customer_ids": ["a-stranger"], "k": 3})
         client.app.state.service.shadow.aside.pool.submit(int).result()  # after the two
-        monkeypatch.setattr("hm_reco.service.shadow.respond", lambda *asked: 1 / 0)
+        monkeypatch.setattr("hm_reco.api.shadow.respond", lambda *asked: 1 / 0)
         assert client.post("/predict", json={"customer_ids": ids}).status_code == 200
         client.app.state.service.shadow.aside.pool.shutdown()
         text = client.get("/metrics").text
@@ -549,8 +550,8 @@ def test_a_challenger_answers_aside(two_models, monkeypatch):
 def test_a_challenger_that_is_behind_is_passed_over(two_models, monkeypatch):
     lake, *_ = two_models
     free = threading.Event()
-    monkeypatch.setattr("hm_reco.service.shadow.MOST_WAITING", 2)
-    monkeypatch.setattr("hm_reco.service.shadow.respond", lambda *asked: free.wait(20))
+    monkeypatch.setattr("hm_reco.api.shadow.MOST_WAITING", 2)
+    monkeypatch.setattr("hm_reco.api.shadow.respond", lambda *asked: free.wait(20))
     with TestClient(create_app(lake, ServiceSettings(shadow_share=1))) as client:
         codes = {client.post("/predict", json=EXAMPLE).status_code for _ in range(5)}
         text = client.get("/metrics").text
@@ -645,8 +646,8 @@ def test_answering_needs_nothing_that_only_stages_need(trained_lake):
 import sys
 sys.modules |= dict.fromkeys({stages})  # as if they were not installed
 from fastapi.testclient import TestClient
-from hm_reco.core.lake import open_lake
-from hm_reco.service.app import create_app
+from hm_reco.lake.storage import open_lake
+from hm_reco.api.app import create_app
 from runner.cli import app
 with TestClient(create_app(open_lake({trained_lake.root!r}))) as client:
     body = {{"customer_ids": ["a"], "explain": True}}

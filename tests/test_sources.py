@@ -22,10 +22,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from hm_reco.core.contracts import columns_of
-from hm_reco.core.lake import Lake, open_lake, scan, table_version, write
-from hm_reco.core.loads import newest, read_loads
-from hm_reco.core.sources import Source, declare, fingerprint
+from hm_reco.data.contracts import columns_of
+from hm_reco.data.ingest_log import newest, read_loads
+from hm_reco.data.sources import Source, declare, fingerprint
+from hm_reco.lake.storage import Lake, open_lake
+from hm_reco.lake.tables import scan, table_version, write
 from hm_reco.stages.ingestion import ingest
 
 TABLES = {"articles": "articles", "customers": "customers", "transactions": "transactions_train"}

@@ -7,14 +7,15 @@ import numpy as np
 import polars as pl
 import pytest
 
-from hm_reco.model.arrays import gather, open_shop, own_purchases
-from hm_reco.model.baselines import BASELINES
-from hm_reco.model.evaluation import Plan, evaluate
-from hm_reco.model.features import candidates_for, open_week
-from hm_reco.model.history import as_of, make_history, sample_history
-from hm_reco.model.known import learn
-from hm_reco.model.ranker import RankerSettings
-from hm_reco.model.tower import Tower, TowerSettings, advance, learn_vocabulary, to_bytes
+from hm_reco.data.history import as_of, make_history, sample_history
+from hm_reco.ranking.backtest import evaluate
+from hm_reco.ranking.baselines import BASELINES
+from hm_reco.ranking.features import candidates_for, open_week
+from hm_reco.ranking.plan import Plan
+from hm_reco.ranking.ranker import RankerSettings
+from hm_reco.retrieval.aggregates import learn
+from hm_reco.retrieval.article_index import gather, open_shop, own_purchases
+from hm_reco.retrieval.two_tower import Tower, TowerSettings, advance, learn_vocabulary, to_bytes
 
 WEEK = timedelta(days=7)
 

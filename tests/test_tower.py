@@ -8,12 +8,12 @@ import polars as pl
 import pytest
 import torch
 
-from hm_reco.model import tower as towers
-from hm_reco.model.arrays import gather, open_shop, own_purchases
-from hm_reco.model.candidates import propose
-from hm_reco.model.history import as_of, sample_history
-from hm_reco.model.known import learn
-from hm_reco.model.tower import (
+from hm_reco.data.history import as_of, sample_history
+from hm_reco.retrieval import two_tower as towers
+from hm_reco.retrieval.aggregates import learn
+from hm_reco.retrieval.article_index import gather, open_shop, own_purchases
+from hm_reco.retrieval.candidates import propose
+from hm_reco.retrieval.two_tower import (
     Tower,
     TowerSettings,
     advance,

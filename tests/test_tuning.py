@@ -8,14 +8,15 @@ import numpy as np
 import polars as pl
 import pytest
 
-from hm_reco.core.lake import Lake
-from hm_reco.core.metrics import average_precision
-from hm_reco.model import tuning
-from hm_reco.model.evaluation import Plan, evaluate
-from hm_reco.model.features import labelled, open_week
-from hm_reco.model.history import sample_history
-from hm_reco.model.ranker import RankerSettings, in_order, pooled, thin
-from hm_reco.model.tuning import (
+from hm_reco.data.history import sample_history
+from hm_reco.lake.storage import Lake
+from hm_reco.ranking import tuning
+from hm_reco.ranking.backtest import evaluate
+from hm_reco.ranking.features import labelled, open_week
+from hm_reco.ranking.metrics import average_precision
+from hm_reco.ranking.plan import Plan
+from hm_reco.ranking.ranker import RankerSettings, in_order, pooled, thin
+from hm_reco.ranking.tuning import (
     Lesson,
     course,
     enough_trees,

@@ -7,10 +7,13 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from hm_reco.core.lake import Lake, open_lake, scan, table_version
-from hm_reco.core.sources import Source
+from hm_reco.data.changes import monday, what_changed
+from hm_reco.data.sources import Source
+from hm_reco.data.weekly import FEATURES
+from hm_reco.lake.storage import Lake, open_lake
+from hm_reco.lake.tables import scan, table_version
 from hm_reco.stages.ingestion import ingest
-from hm_reco.stages.processing import FEATURES, PROCESSED, monday, process, what_changed
+from hm_reco.stages.processing import PROCESSED, process
 
 WITH_ROWS = [name for name in PROCESSED if name != "processed/basis"]
 
@@ -40,7 +43,7 @@ def world(small_files: Path) -> dict[str, pl.DataFrame]:
 
 @pytest.fixture(scope="module")
 def small_files(tmp_path_factory) -> Path:
-    from hm_reco.core.sample import write_sample
+    from hm_reco.data.synthetic import write_sample
 
     folder = tmp_path_factory.mktemp("world")
     write_sample(folder, 300, seed=3)

@@ -7,9 +7,10 @@ from typing import Any
 import nbformat
 from rich.console import Console
 
-from hm_reco.core.lake import Lake
-from hm_reco.core.ledger import Entry, new_run_id
+from hm_reco.lake.runs import Entry, new_run_id
+from hm_reco.lake.storage import Lake
 from runner.board import Board
+from runner.cli.options import library_hooks
 from runner.execute import StageError, run_jobs
 from runner.graph import Stage
 from runner.parameters import resolve
@@ -27,7 +28,8 @@ names: list[str] = [
     "c",
 ]
 """
-MANIFEST = """from hm_reco.core.lake import open_lake, write_manifest
+MANIFEST = """from hm_reco.lake.published import write_manifest
+from hm_reco.lake.storage import open_lake
 metrics = {"article": article, "rate": rate, "twice": 2 * rate}
 write_manifest(open_lake(lake), run_id, "toy", {}, {}, metrics)
 """
@@ -63,6 +65,6 @@ def job(stage: Stage, run_id: str | None = None, **given: Any) -> Job:
 def run_toys(lake: Lake, *jobs: Job, limit: int = 2, force: bool = False) -> list[Entry]:
     """Run jobs; the entries, however they ended."""
     try:
-        return run_jobs(lake, jobs, Board(Console(file=sys.stderr)), limit, force)
+        return run_jobs(lake, jobs, Board(Console(file=sys.stderr)), library_hooks(), limit, force)
     except StageError as err:
         return err.ended

@@ -11,12 +11,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
-from ..core.lake import Lake, open_lake, table_version
-from ..core.sample import write_sample
-from ..model.evaluation import Plan
-from ..model.history import HISTORY_TABLES, load_history
-from ..model.publish import Origin
-from ..model.ranker import RankerSettings
+from ..data.history import HISTORY_TABLES, load_history
+from ..data.synthetic import write_sample
+from ..lake.storage import Lake, open_lake
+from ..lake.tables import table_version
+from ..ranking.plan import Plan
+from ..ranking.ranker import RankerSettings
+from ..registry.registration import Origin
 from .ingestion import ingest
 from .processing import process
 from .training import train_and_publish

@@ -12,18 +12,19 @@ from typing import Any
 
 import polars as pl
 
-from ..core.lake import Lake, scan, table_version
-from ..core.loads import newest
-from ..core.progress import track
-from ..core.section import Report, Section, percent, plain
-from ..eda.articles import articles
-from ..eda.customers import customers
-from ..eda.drift import TABLES, drift, versions_at
-from ..eda.pairs import together
-from ..eda.purchases import purchases_
-from ..eda.quality import quality
-from ..eda.reach import reach
-from ..eda.rebuying import rebuying
+from ..data.ingest_log import newest
+from ..lake.progress import track
+from ..lake.storage import Lake
+from ..lake.tables import scan, table_version
+from ..reporting.articles import articles
+from ..reporting.baskets import together
+from ..reporting.candidate_recall import reach
+from ..reporting.customers import customers
+from ..reporting.data_drift import TABLES, drift, versions_at
+from ..reporting.purchases import purchases_
+from ..reporting.quality import quality
+from ..reporting.repurchase import rebuying
+from ..reporting.section import Report, Section, percent, plain
 
 # %% ../../nbs/stages/30_eda.ipynb #b51c61fb
 def overview(lake: Lake, purchases: pl.LazyFrame) -> Section:

@@ -10,8 +10,8 @@ from datetime import timedelta
 
 import polars as pl
 
-from ..model.history import History
-from ..service.app import create_app
+from ..api.app import create_app
+from ..data.history import History
 
 # %% ../../nbs/stages/50_inference.ipynb #81c996df
 app = create_app()

@@ -15,30 +15,24 @@ from typing import Any
 
 import polars as pl
 
-from ..core.code import modules_key, short_hash
-from ..core.lake import Lake, append, put_file
-from ..core.registry import RANKER
-from ..core.section import Report
-from ..core.settings import Settings
-from ..model.bundle import Bundle
-from ..model.cases import calibration, misses, stories
-from hm_reco.model.evaluation import (
-    Evaluation,
-    Plan,
-    Trainers,
-    Verdict,
-    evaluate,
-    fitted,
-    judge,
-)
-from ..model.features import Matrix
-from ..model.history import History
-from ..model.publish import Origin, bundles_of
-from ..model.publish import publish as publish_models
-from ..model.ranker import RankerSettings
-from ..model.report import groups, ladder, sources, workings
-from ..model.tower import Tower, TowerSettings, from_bytes, learn_vocabulary, to_bytes
-from ..model.tuning import Exam, Tuned, tune
+from ..data.history import History
+from ..lake.fingerprint import modules_key, short_hash
+from ..lake.settings import Settings
+from ..lake.storage import Lake, put_file
+from ..lake.tables import append
+from ..ranking.backtest import Evaluation, Trainers, evaluate
+from ..ranking.comparison import Verdict, judge
+from ..ranking.features import Matrix
+from ..ranking.plan import Plan, fitted
+from ..ranking.ranker import RANKER, RankerSettings
+from ..ranking.tuning import Exam, Tuned, tune
+from ..registry.bundle import Bundle
+from ..registry.registration import Origin, bundles_of
+from ..registry.registration import publish as publish_models
+from ..reporting.error_analysis import calibration, misses, stories
+from ..reporting.model_report import groups, ladder, sources, workings
+from ..reporting.section import Report
+from ..retrieval.two_tower import Tower, TowerSettings, from_bytes, learn_vocabulary, to_bytes
 
 # %% ../../nbs/stages/40_training.ipynb #180599ce
 @dataclass(frozen=True)
@@ -93,7 +87,7 @@ def trainers_of(lake: Lake, workers: int = 1) -> Trainers:
     address = Settings().cluster
     if not address:
         raise ValueError(f"workers={workers}: needs a cluster, HM_CLUSTER is empty")
-    from hm_reco.model.together import Crew
+    from hm_reco.ranking.distributed import Crew
 
     crew = Crew(address, workers, lake.uri("artifacts/training"))
     return Trainers(crew.advance, crew.train)
@@ -136,7 +130,7 @@ def train_and_publish(
 
 def _name(*depends_on: object) -> str:
     """A name for what may be taken up again by a run of the same data, plan and code."""
-    return short_hash(repr((depends_on, modules_key("hm_reco.model.evaluation"))))
+    return short_hash(repr((depends_on, modules_key("hm_reco.ranking.backtest"))))
 
 # %% ../../nbs/stages/40_training.ipynb #ab0b78c5
 def metrics_of(trained: Trained) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Where stages run besides this machine: Ray, Argo Workflows, KubeRay."""

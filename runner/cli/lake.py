@@ -1,0 +1,113 @@
+"""Commands on what lies in a lake: tables, runs, reports."""
+
+import re
+import webbrowser
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hm_reco.lake.lease import leases
+from hm_reco.lake.storage import STAGE_OF, open_lake, stage_of
+from hm_reco.lake.tables import table_names
+from runner.cli.options import JsonOption, LakeOption, WaitOption, console, show, told
+
+app = typer.Typer()
+
+
+lake_app = typer.Typer(invoke_without_command=True, help="List a lake's tables, or clean it up.")
+
+
+app.add_typer(lake_app, name="lake")
+
+
+@lake_app.callback()
+def list_tables(
+    context: typer.Context, lake: LakeOption = None, as_json: JsonOption = False
+) -> None:
+    """List a lake's tables with versions, rows and sizes; or clean it up by `vacuum`."""
+    from hm_reco.lake.maintenance import describe
+
+    if context.invoked_subcommand is None:
+        with told():
+            target = open_lake(lake)
+            rows = describe(target)
+            show(target.root if rows else f"No tables in {target.root}: hm run", rows, as_json)
+
+
+@lake_app.command("vacuum")
+def vacuum_tables(
+    keep: Annotated[str, typer.Option(help="Keep what was visible within this time.")] = "30d",
+    lake: LakeOption = None,
+    dry_run: Annotated[bool, typer.Option(help="Only count what would go.")] = False,
+    wait: WaitOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove old versions' files, but none that a registered model or a kept run refers to."""
+    from hm_reco.lake.maintenance import vacuum
+
+    with told():
+        days = re.fullmatch(r"(\d+)d", keep)
+        if not days:
+            raise ValueError(f"--keep {keep}: expected a number of days, such as 30d")
+        target = open_lake(lake)
+        owners = {*STAGE_OF.values(), *filter(None, map(stage_of, table_names(target)))}
+        with leases(target, sorted(owners), wait, console.print):
+            removed = vacuum(target, int(days[1]), dry_run)
+        rows = [{"table": name, "files": count} for name, count in removed.items()]
+        show("Would remove" if dry_run else "Removed", rows, as_json)
+
+
+@app.command()
+def runs(
+    lake: LakeOption = None,
+    keep: Annotated[str | None, typer.Option(help="Never let go what this run refers to.")] = None,
+    last: Annotated[int, typer.Option(help="Entries to show; 0: all.", min=0)] = 40,
+    as_json: JsonOption = False,
+) -> None:
+    """List what ran in a lake, the newest last: stages, states, times, cost."""
+    from hm_reco.lake.maintenance import keep_run
+    from hm_reco.lake.runs import places, read_ledger
+
+    with told():
+        target = open_lake(lake)
+        if keep is not None:
+            keep_run(target, keep)
+            return console.print(f"kept: {keep}")
+        entries = read_ledger(target)[-last:]
+        if as_json:
+            return show("", [vars(entry) for entry in entries], True)
+        rows = [
+            {
+                "run": e.run_id,
+                "stage": e.stage,
+                "state": e.state,
+                "where": where,
+                "seconds": round(e.seconds, 1),
+                "CPU s": round(e.cpu_seconds, 1),
+                "peak MB": round(e.peak_memory_mb),
+                "commit": e.git_commit[:8] + "+" * ("+" in e.git_commit),
+                "cause": e.error.replace("\n", " ")[:60],
+            }
+            for e, where in zip(entries, places(entries), strict=True)
+        ]
+        return show("Runs" if rows else "No runs yet: hm run", rows)
+
+
+@app.command()
+def report(
+    run_id: Annotated[str, typer.Argument(help="Default: the index of all runs.")] = "",
+    lake: LakeOption = None,
+) -> None:
+    """Open the reports in a browser, or say where they are."""
+    with told():
+        target = open_lake(lake)
+        path = target.path("reports", *([run_id] if run_id else []), "index.html")
+        if not path.exists():
+            raise LookupError(f"no report at {path}; hm runs lists what ran")
+        if target.client:
+            text = f"{path}; to read it here: hm serve, then http://127.0.0.1:8080/reports/"
+            return console.print(text, soft_wrap=True)
+        console.print(str(path), soft_wrap=True)
+        webbrowser.open(Path(str(path)).as_uri())
+        return None

@@ -1,0 +1,105 @@
+"""Options that commands share; one way to print rows, one way to fail."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from botocore.exceptions import BotoCoreError, ClientError
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hm_reco.lake.lease import LeaseError
+from runner.hooks import Hooks
+
+console, errors = Console(), Console(stderr=True, force_jupyter=False)
+
+
+LakeOption = Annotated[
+    str | None, typer.Option(help="A folder or s3://bucket/prefix; default: the setting `lake`.")
+]
+
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+WaitOption = Annotated[
+    float | None, typer.Option(help="Seconds to wait for another run; default: till it ends.")
+]
+
+
+StagesArgument = Annotated[list[str] | None, typer.Argument(help="Stages; default: all.")]
+
+
+DataOption = Annotated[
+    str | None,
+    typer.Option(help="Folder, file, zip, s3://, https:// or database; default: a sample world."),
+]
+
+
+ParameterOption = Annotated[
+    list[str] | None,
+    typer.Option("-p", metavar="NAME=VALUE", help="A parameter; STAGE.NAME=VALUE for one stage."),
+]
+
+
+FileOption = Annotated[
+    Path | None, typer.Option("--params", metavar="FILE", help="Parameters as YAML or JSON.")
+]
+
+
+ForceOption = Annotated[bool, typer.Option("--force", help="Run also what has not changed.")]
+
+
+JobsOption = Annotated[int, typer.Option("--jobs", help="Stages that run side by side.", min=1)]
+
+
+VerboseOption = Annotated[bool, typer.Option("-v", help="Show what the notebooks print.")]
+
+
+WriteOption = Annotated[
+    bool, typer.Option("--write", help="Into the checkout's deploy/, not to the screen.")
+]
+
+
+def library_hooks() -> Hooks:
+    """What the runner asks of the library."""
+    from hm_reco.data.sources import fingerprint
+    from hm_reco.registry.registry import model_rows
+
+    return Hooks(fingerprint, model_rows)
+
+
+def show(title: str, rows: Sequence[Mapping[str, Any]], as_json: bool = False) -> None:
+    """Print rows that have the same columns, as a table without empty ones, or as JSON."""
+    if as_json:
+        return print(json.dumps(rows, default=str, indent=2))
+    empty = {name for name in rows[0] if all(row[name] == "" for row in rows)} if rows else set()
+    rows = [{n: value for n, value in row.items() if n not in empty} for row in rows]
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for name in rows[0] if rows else ():
+        number = isinstance(rows[0][name], int | float)
+        last = name == list(rows[0])[-1]
+        table.add_column(name, justify="right" if number else "left", no_wrap=not last)
+    for row in rows:
+        table.add_row(*(Text(str(value)) for value in row.values()))
+    console.print(table if rows else title)
+    return console.print()
+
+
+@contextmanager
+def told(*more: type[Exception]) -> Iterator[None]:
+    """What a user can mend (and `more`) ends the command with its message, not a traceback."""
+    s3 = (BotoCoreError, ClientError)
+    known: tuple[type[Exception], ...] = (ValueError, LookupError, OSError, LeaseError, *s3, *more)
+    try:
+        yield
+    except known as err:
+        text = str(err.args[0] if isinstance(err, KeyError) else err)
+        if isinstance(err, s3):
+            text = f"S3: {text.rstrip('.')}; expected a bucket that is there and that we may use"
+        errors.print(Text("error ", "bold red") + Text(text, "default"), soft_wrap=True)
+        raise typer.Exit(getattr(err, "exit_code", 1)) from err

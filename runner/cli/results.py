@@ -1,0 +1,53 @@
+"""What a run found, for a person at a terminal: methods, examples, alerts."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import typer
+
+from hm_reco.lake.storage import Lake
+from runner.cli.options import (
+    console,
+    show,
+)
+
+
+def show_alerts(lake: Lake, fail_on: str = "") -> None:
+    """Print the alerts of the newest report on the data; exit code 1 at `fail_on` or above."""
+    from hm_reco.lake.runs import read_ledger
+
+    reports = [e.report for e in read_ledger(lake) if e.stage == "eda" and e.report]
+    if not reports:
+        raise LookupError(f"no report on the data of {lake.root}: hm eda --lake {lake.root}")
+    path = lake.path(*reports[-1].removesuffix(".html").split("/")).with_suffix(".json")
+    found = [
+        {"level": alert["level"], "section": section["title"], "what": alert["text"]}
+        for section in json.loads(path.read_text())["sections"]
+        for alert in section["alerts"]
+    ]
+    show("Alerts" if found else "Nothing stands out.", found)
+    console.print(f"report  {path.with_suffix('.html')}", soft_wrap=True, highlight=False)
+    if any(fail_on in ("notice", row["level"]) for row in found):
+        raise typer.Exit(1)
+
+
+def show_results(lake: Lake, metrics: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print what the manifests of training and inference say, by stage, if they are among them."""
+    from hm_reco.serving.predictions import recommended
+
+    if training := metrics.get("training"):
+        rows = [
+            {"method": name, "MAP@12": f"{mean:.4f}", "95 % interval": f"{low:.4f} .. {high:.4f}"}
+            for name, (mean, low, high) in training["map12"].items()
+        ]
+        weeks = f"{training['customer_weeks']:,} customer-weeks"
+        show(f"Before {training['as_of']}, {weeks}", rows)
+        mean, low, high = training["lead"]
+        over = f"lead of the ranker over {training['best_baseline']!r}"
+        line = f"{over}: {mean:.4f} ({low:.4f} .. {high:.4f})"
+        console.print(line, highlight=False, soft_wrap=True)
+        console.print(f"{training['promotion']}\n", highlight=False)
+    for kind, customer_id in metrics.get("inference", {}).get("examples", {}).items():
+        rows, _ = recommended(lake, customer_id)
+        show(f"For a {kind} customer, {customer_id[:12]}…", rows[:4])

@@ -1,0 +1,39 @@
+"""The command that serves the champion over REST."""
+
+import os
+from typing import Annotated
+
+import typer
+
+from hm_reco.lake.settings import ServiceSettings
+from runner.cli.options import LakeOption, told
+
+app = typer.Typer()
+
+
+@app.command()
+def serve(
+    lake: LakeOption = None,
+    host: Annotated[str | None, typer.Option(help="Default: the setting `host`.")] = None,
+    port: Annotated[int | None, typer.Option(help="Default: the setting `port`.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that answer.")] = 1,
+) -> None:
+    """Serve the champion over REST, and the reports: /healthz, /predict, /reports/."""
+    import uvicorn
+
+    from hm_reco.lake.logs import log_config
+
+    if lake:
+        os.environ["HM_LAKE"] = lake
+    with told():
+        settings = ServiceSettings()
+        settings.key_hashes()
+    uvicorn.run(
+        "hm_reco.stages.inference:app",
+        host=host or settings.host,
+        port=port or settings.port,
+        workers=workers,
+        log_config=log_config(settings.log_level),
+        access_log=False,  # the service logs its answers itself
+        server_header=False,
+    )
