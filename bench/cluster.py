@@ -27,7 +27,7 @@ from typing import Any
 import psutil
 from peers import peak_mb
 
-from hm_reco.data.synthetic import write_sample
+from hm_reco.data.synthetic import write_synthetic
 from hm_reco.lake.storage import open_lake
 from hm_reco.stages import ingestion, processing
 
@@ -36,8 +36,8 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "POLARS_MAX_THREADS", "NUMBA_NUM_
 
 
 def build(root: Path, customers: int) -> str:
-    """A lake with a sample world, ingested."""
-    write_sample(root / "source", customers)
+    """A lake with a synthetic data set, ingested."""
+    write_synthetic(root / "source", customers)
     ingestion.ingest(open_lake(str(root / "lake")), str(root / "source"))
     return str(root / "lake")
 
@@ -45,7 +45,7 @@ def build(root: Path, customers: int) -> str:
 def process(root: str, _: int) -> float:
     """Raw tables to processed ones; seconds."""
     lake = open_lake(root)
-    change = processing.what_changed(lake, SHARDS, rebuild=True)
+    change = processing.detect_changes(lake, SHARDS, full_refresh=True)
     started = time.perf_counter()
     processing.process(lake, SHARDS, change)
     return time.perf_counter() - started
@@ -54,16 +54,16 @@ def process(root: str, _: int) -> float:
 def weeks(root: str, buyers: int) -> float:
     """Candidates and features of some weeks, of so many buyers each; seconds."""
     from hm_reco.data.history import load_history
-    from hm_reco.ranking.backtest import Walk, Work
-    from hm_reco.ranking.plan import Plan
-    from hm_reco.retrieval.aggregates import count_sales
-    from hm_reco.retrieval.candidates import LIMITS
+    from hm_reco.ranking.backtest import WalkForward, WeekJob
+    from hm_reco.ranking.plan import BacktestPlan
+    from hm_reco.retrieval.aggregates import aggregate_sales
+    from hm_reco.retrieval.candidates import SOURCE_LIMITS
 
-    history = count_sales(load_history(open_lake(root)))
-    plan = Plan(history.day, customers_per_week=buyers, pooled_weeks=WEEKS)
-    walk = Walk(history, plan)
+    history = aggregate_sales(load_history(open_lake(root)))
+    plan = BacktestPlan(history.day, customers_per_week=buyers, pooled_weeks=WEEKS)
+    walk = WalkForward(history, plan)
     started = time.perf_counter()
-    walk.over(range(WEEKS, 0, -1), Work(history, plan, LIMITS, lambda *_: None))
+    walk.run(range(WEEKS, 0, -1), WeekJob(history, plan, SOURCE_LIMITS, lambda *_: None))
     return time.perf_counter() - started
 
 
@@ -82,7 +82,7 @@ def work(name: str, small: str, root: str, buyers: int) -> None:
 
 def measure(address: str, *words: str) -> dict[str, float]:
     """A driver's figures: on the cluster at `address`, or alone with one core."""
-    env = os.environ | ONE_THREAD | {"HM_CLUSTER": address}
+    env = os.environ | ONE_THREAD | {"HM_RAY_ADDRESS": address}
     alone = {} if address else {"preexec_fn": lambda: os.sched_setaffinity(0, [0])}
     command = [sys.executable, __file__, "--work", *words]
     done = run_command(command, env=env, stdout=PIPE, text=True, check=False, **alone)

@@ -3,7 +3,7 @@
     make bench                          at 1 % of H&M's size
     make bench CUSTOMERS=1371980        at full size: some minutes, 10 GB of disk
 
-Everything is measured in one run on the sample world, each work in a process of its own. Look at
+Everything is measured in one run on the synthetic data set, each work in a process of its own. Look at
 the ratios: the seconds are this machine's, on which others may work as well.
 """
 
@@ -23,19 +23,19 @@ from tempfile import TemporaryDirectory
 import polars as pl
 from peers import peak_mb
 
-from hm_reco.data.synthetic import write_sample
+from hm_reco.data.synthetic import write_synthetic
 from hm_reco.lake.storage import open_lake
 from hm_reco.lake.tables import scan
 from hm_reco.stages import ingestion, processing
 
-PEERS = Path(__file__).parents[1] / ".venv-peers" / "bin" / "python"
+PEERS = Path(__file__).parents[1] / ".venv-bench-data" / "bin" / "python"
 SHARDS = 4
 FULL, WEEK_ROWS = 1_371_980, 300_000  # customers of H&M's data; rows of a new week there
 
 
 def generate(customers: str, source: str) -> dict[str, float]:
-    """The sample world, as CSV files."""
-    return {"rows": write_sample(Path(source), int(customers))["transactions"]}
+    """The synthetic data set, as CSV files."""
+    return {"rows": write_synthetic(Path(source), int(customers))["transactions"]}
 
 
 def ingest(source: str, root: str) -> dict[str, float]:
@@ -47,7 +47,7 @@ def ingest(source: str, root: str) -> dict[str, float]:
 def process(root: str, _: str) -> dict[str, float]:
     """Raw tables to processed ones: what has changed, which is all at first."""
     lake = open_lake(root)
-    change = processing.what_changed(lake, SHARDS)
+    change = processing.detect_changes(lake, SHARDS)
     processing.process(lake, SHARDS, change)
     return {"weeks": len(change.weeks)}
 

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 
 import psutil
 
-from hm_reco.data.synthetic import write_sample
+from hm_reco.data.synthetic import write_synthetic
 from hm_reco.lake.storage import Lake, open_lake
 
 HM = str(Path(sys.executable).with_name("hm"))
@@ -58,7 +58,7 @@ process(lake, change=what_changed(lake, rebuild=True))
 def stage_seconds(lake: Lake) -> float:
     """How long the stage took by the ledger, when it is run through the runner."""
     out = call(
-        HM, "run", "processing", "--lake", lake.root, "-p", "rebuild=true", "--force", "--json"
+        HM, "run", "processing", "--lake", lake.root, "-p", "full_refresh=true", "--force", "--json"
     )
     return json.loads(out)[0]["seconds"]
 
@@ -71,7 +71,7 @@ def main() -> None:
     options = parser.parse_args()
     with TemporaryDirectory(prefix="hm-bench-") as folder:
         data, lake = Path(folder) / "data", open_lake(f"{folder}/lake")
-        rows = write_sample(data, options.customers)
+        rows = write_synthetic(data, options.customers)
         words = ("--data", str(data), "--lake", lake.root)
         call(HM, "run", *STAGES, *words)
         out = f"{folder}/out.ipynb"

@@ -1,6 +1,6 @@
 """What one piece of work takes, of the size that it has at 1, 10 and 100 times H&M.
 
-    python bench/scale.py                            with a sample world of H&M's size: ten minutes
+    python bench/scale.py                            with a synthetic data set of H&M's size: ten minutes
     python bench/scale.py --customers 137198         of a tenth of it: a first look
 
 More data mean more pieces, not larger ones; but what each piece needs beside its own rows grows
@@ -25,7 +25,7 @@ import polars as pl
 from peers import peak_mb
 
 from hm_reco.data.history import load_history, map_purchases
-from hm_reco.data.synthetic import write_sample
+from hm_reco.data.synthetic import write_synthetic
 from hm_reco.lake.storage import open_lake
 from hm_reco.lake.tables import scan
 from hm_reco.stages import ingestion, processing
@@ -36,9 +36,9 @@ Figures = dict[str, float]
 
 
 def build(root: str, customers: int) -> Figures:
-    """A lake with a sample world, ingested and processed."""
+    """A lake with a synthetic data set, ingested and processed."""
     folder = Path(root).parent / "source"
-    rows = write_sample(folder, customers)["transactions"]
+    rows = write_synthetic(folder, customers)["transactions"]
     lake = open_lake(root)
     ingestion.ingest(lake, str(folder))
     processing.process(lake, SHARDS)
@@ -48,8 +48,8 @@ def build(root: str, customers: int) -> Figures:
 def block(root: str, weeks: int) -> Figures:
     """Some weeks of processing: read, map, count, write."""
     lake = open_lake(root)
-    ids = processing.Ids(
-        *(scan(lake, f"processed/{name}").collect() for name in processing.Ids._fields)
+    ids = processing.IdTables(
+        *(scan(lake, f"processed/{name}").collect() for name in processing.IdTables._fields)
     )
     days = processing._weeks(scan(lake, "raw/transactions"))[-weeks:]
     moved = processing.process_block(lake, ids, SHARDS, False, days)
@@ -83,42 +83,42 @@ def shard(root: str, _: int) -> Figures:
 
 def sales(root: str, shards: int) -> Figures:
     """How articles sell, of one of so many shards, added to that of another."""
-    from hm_reco.retrieval.aggregates import _added, _counted
+    from hm_reco.retrieval.aggregates import _aggregate_shard, _merge_sales
 
     history = load_history(open_lake(root))
     began = time.perf_counter()
-    one = _counted(history, shards, 0)
+    one = _aggregate_shard(history, shards, 0)
     counted = time.perf_counter() - began
-    other = _counted(history, shards, 1)
+    other = _aggregate_shard(history, shards, 1)
     began = time.perf_counter()
-    both = _added(one, other)
-    size = both.days.estimated_size() + both.again.estimated_size()
+    both = _merge_sales(one, other)
+    size = both.daily.estimated_size() + both.repurchase_gaps.estimated_size()
     figures = {"counting": counted, "adding": time.perf_counter() - began}
-    return figures | {"rows": both.days.height, "mb": size / 1e6}
+    return figures | {"rows": both.daily.height, "mb": size / 1e6}
 
 
 def week(root: str, buyers: int) -> Figures:
     """Candidates and features of the last week."""
-    from hm_reco.ranking.backtest import Turn, Work
-    from hm_reco.ranking.plan import Plan
-    from hm_reco.retrieval.aggregates import count_sales
-    from hm_reco.retrieval.candidates import LIMITS
+    from hm_reco.ranking.backtest import WeekJob, WeekTask
+    from hm_reco.ranking.plan import BacktestPlan
+    from hm_reco.retrieval.aggregates import aggregate_sales
+    from hm_reco.retrieval.candidates import SOURCE_LIMITS
 
-    history = count_sales(load_history(open_lake(root)))
-    work = Work(
+    history = aggregate_sales(load_history(open_lake(root)))
+    work = WeekJob(
         history,
-        Plan(history.day, customers_per_week=buyers, pooled_weeks=26),
-        LIMITS,
+        BacktestPlan(history.day, customers_per_week=buyers, pooled_weeks=26),
+        SOURCE_LIMITS,
         lambda *_: None,
     )
-    matrix = work.on(1, work.open(Turn(1, None)))[1]  # compiles, too
+    matrix = work.run(1, work.build(WeekTask(1, None)))[1]  # compiles, too
     began = time.perf_counter()
-    opened = work.open(Turn(1, None))
+    opened = work.build(WeekTask(1, None))
     known = time.perf_counter() - began
-    _, matrix = work.on(1, opened)
+    _, matrix = work.run(1, opened)
     figures = {"known": known, "candidates": time.perf_counter() - began - known}
     size = history.purchases.estimated_size() / 1e6
-    return figures | {"rows": len(matrix.label), "buyers": opened.who.height, "history_mb": size}
+    return figures | {"rows": len(matrix.label), "buyers": opened.buyers.height, "history_mb": size}
 
 
 WORKS: dict[str, Callable[[str, int], Figures]] = {

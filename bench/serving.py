@@ -1,6 +1,6 @@
 """How many requests the service answers, and how soon, beside a bare FastAPI echo.
 
-    python bench/serving.py                        the sample world, 20,000 customers
+    python bench/serving.py                        the synthetic data set, 20,000 customers
     python bench/serving.py --lake LAKE            a lake whose stages have run, of any size
     python bench/serving.py --soak 10              minutes under load, ten switches of the model
 
@@ -35,24 +35,24 @@ import psutil
 from fastapi import FastAPI
 from pydantic_core import to_json
 
-from hm_reco.api.model_manager import load, wanted
+from hm_reco.api.model_manager import find_target, load_model
 from hm_reco.api.responses import respond
 from hm_reco.api.schemas import PredictRequest
 from hm_reco.lake.storage import Lake, open_lake
 from hm_reco.lake.tables import scan
-from hm_reco.ranking.features import add_features
-from hm_reco.ranking.forest import scores
+from hm_reco.ranking.features import compute_features
+from hm_reco.ranking.forest import predict_scores
 from hm_reco.ranking.ranker import rank
 from hm_reco.registry.bundle import load_bundle, save_bundle
 from hm_reco.registry.registry import (
-    champion,
-    enter_model,
-    put_scores,
+    get_champion,
+    load_scores,
+    publish_immediately,
     read_models,
-    read_scores,
-    seen_at_once,
+    register_model,
+    save_scores,
 )
-from hm_reco.retrieval.candidates import propose
+from hm_reco.retrieval.candidates import generate_candidates
 
 echo = FastAPI()
 
@@ -138,12 +138,12 @@ def free_port() -> int:
 
 
 def prepare(folder: str, customers: int) -> Lake:
-    """A sample world with a trained model and its state."""
+    """A synthetic data set with a trained model and its state."""
     hm = str(Path(sys.executable).with_name("hm"))
     lake = f"{folder}/lake"
     few = ("-p", "evaluation_weeks=1", "-p", "training_weeks=2", "-p", "tuning_weeks=1")
     source = ("--data", f"{folder}/source")
-    subprocess.run([hm, "sample", "--customers", str(customers), "--out", source[1]], check=True)
+    subprocess.run([hm, "generate", "--customers", str(customers), "--out", source[1]], check=True)
     subprocess.run([hm, "run", "--lake", lake, *source, *few], check=True, capture_output=True)
     return open_lake(lake)
 
@@ -152,7 +152,7 @@ def requests_of(lake: Lake, count: int = 2_000) -> dict[str, list[dict[str, Any]
     """Bodies of each kind of request, about customers who bought in the last weeks."""
     customers = scan(lake, "processed/customers").select("customer_id").collect()["customer_id"]
     ids = customers.sample(min(count, len(customers)), seed=0).to_list()
-    articles = scan(lake, "predictions/strangers").collect()["article_id"].to_list()
+    articles = scan(lake, "predictions/cold_start").collect()["article_id"].to_list()
     draw = random.Random(0)
     live = [{"customer_ids": [id_], "k": 20} for id_ in ids]
     return {
@@ -181,20 +181,20 @@ def median_ms(function: Callable[[int], Any], times: int = 300) -> float:
 
 def profile(lake: Lake, whole: float) -> None:
     """Print where the time of a request for one customer goes; `whole` ms with HTTP."""
-    now = load(lake, wanted(lake))
+    now = load_model(lake, find_target(lake))
     recommender, bundle = now.recommender, now.recommender.bundle
-    rows = np.random.default_rng(0).permutation(len(recommender.people.number) - 1)[:300, None]
-    ids = [recommender.customers.text[row[0]].decode() for row in rows]
+    rows = np.random.default_rng(0).permutation(len(recommender.customers.customer) - 1)[:300, None]
+    ids = [recommender.customer_ids.text[row[0]].decode() for row in rows]
     asked = [PredictRequest(customer_ids=[id_], k=20) for id_ in ids]
-    shop, people, budget = recommender.shop, recommender.people, bundle.budget
-    found = [propose(shop, people, budget, row) for row in rows]
-    matrices = [add_features(shop, people, one) for one in found]
+    shop, people, budget = recommender.index, recommender.customers, bundle.budget
+    found = [generate_candidates(shop, people, budget, row) for row in rows]
+    matrices = [compute_features(shop, people, one) for one in found]
     given = [respond(now, one, "bench") for one in asked]
-    best = shop.popular.item
-    trees = median_ms(lambda n: scores(bundle.forest, matrices[n].values))
+    best = shop.top_overall.indices
+    trees = median_ms(lambda n: predict_scores(bundle.forest, matrices[n].values))
     parts = {
-        "candidates": median_ms(lambda n: propose(shop, people, budget, rows[n])),
-        "features": median_ms(lambda n: add_features(shop, people, found[n])),
+        "candidates": median_ms(lambda n: generate_candidates(shop, people, budget, rows[n])),
+        "features": median_ms(lambda n: compute_features(shop, people, found[n])),
         "trees": trees,
         "list": median_ms(lambda n: rank(bundle.forest, matrices[n], 20, best)) - trees,
     }
@@ -212,13 +212,13 @@ def profile(lake: Lake, whole: float) -> None:
 
 def second_model(lake: Lake) -> tuple[str, str]:
     """The champion, and the same once more under another version."""
-    now = champion(lake)
+    now = get_champion(lake)
     save_bundle(lake, replace(load_bundle(lake, now), version="twin"))
-    put_scores(lake, "twin", read_scores(lake, now))
+    save_scores(lake, "twin", load_scores(lake, now))
     made = next(model for model in read_models(lake) if model.version == now)
     twin = {"version": "twin", "event": "candidate", "created": datetime.now(UTC)}
-    with seen_at_once(lake):
-        enter_model(lake, replace(made, **twin))
+    with publish_immediately(lake):
+        register_model(lake, replace(made, **twin))
     hm = str(Path(sys.executable).with_name("hm"))
     state = [hm, "run", "inference", "--lake", lake.root, "-p", "version=twin"]
     subprocess.run(state, check=True, capture_output=True)
@@ -275,7 +275,11 @@ def soak(lake: Lake, minutes: float, switches: int = 10) -> None:
     """About 70 % of the load that it can bear, a switch in each part of the time."""
     hm, port = str(Path(sys.executable).with_name("hm")), free_port()
     versions, bodies = second_model(lake), requests_of(lake)["known, live"]
-    environment = {"HM_LOG_LEVEL": "WARNING", "OMP_NUM_THREADS": "1", "HM_REFRESH": "1"}
+    environment = {
+        "HM_LOG_LEVEL": "WARNING",
+        "OMP_NUM_THREADS": "1",
+        "HM_REGISTRY_POLL_SECONDS": "1",
+    }
     start = (hm, "serve", "--lake", lake.root, "--port", str(port))
     print(f"{'':<28}{'req/s':>9}{'p50 ms':>9}{'p95':>9}{'p99':>9}{'errors':>8}{'own MB':>9}")
     with serving(*start, port=port, **environment) as it:
@@ -300,8 +304,12 @@ def soak(lake: Lake, minutes: float, switches: int = 10) -> None:
 def main() -> None:
     """Run the bench."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("--lake", help="a lake whose stages have run; default: a sample world")
-    parser.add_argument("--customers", type=int, default=20_000, help="size of the sample world")
+    parser.add_argument(
+        "--lake", help="a lake whose stages have run; default: a synthetic data set"
+    )
+    parser.add_argument(
+        "--customers", type=int, default=20_000, help="size of the synthetic data set"
+    )
     parser.add_argument("--soak", type=float, help="minutes under load")
     parser.add_argument("--seconds", type=int, default=10, help="of each measurement")
     asked = parser.parse_args()

@@ -14,8 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hm_reco.data.history import History, sample_history
-from hm_reco.retrieval.two_tower import Learner, Tower, TowerSettings, learn_vocabulary, to_rows
+from hm_reco.data.history import History, generate_history
+from hm_reco.retrieval.two_tower import (
+    TowerTrainer,
+    TwoTower,
+    TwoTowerSettings,
+    build_interactions,
+    build_vocabulary,
+)
 
 PURCHASES = 31_788_324  # of H&M's two years: one pass through all of them
 FLOAT = 4  # bytes
@@ -40,14 +46,21 @@ def bandwidth(device: torch.device, megabytes: int = 512, repeat: int = 10) -> f
     return 2 * source.numel() * FLOAT / min(seconds)
 
 
-def least_bytes(learner: Learner, index: Tensor) -> dict[str, int]:
+def least_bytes(learner: TowerTrainer, index: Tensor) -> dict[str, int]:
     """What a step on the examples `index` has to read and write, by what it is."""
-    settings, rows = learner.tower.settings, learner.rows
-    weights = sum(weight.numel() for weight in learner.tower.parameters())
-    back = rows.first[index].unsqueeze(1) - 1 - torch.arange(settings.recent, device=index.device)
+    settings, rows = learner.model.settings, learner.interactions
+    weights = sum(weight.numel() for weight in learner.model.parameters())
+    back = (
+        rows.day_start[index].unsqueeze(1)
+        - 1
+        - torch.arange(settings.history_length, device=index.device)
+    )
     seen = rows.article[back.clamp_min(0)].flatten()
-    asked = int(torch.unique(rows.article[index]).numel()) + settings.drawn
-    met = int(torch.unique(torch.cat([seen, rows.article[index]])).numel()) + settings.drawn
+    asked = int(torch.unique(rows.article[index]).numel()) + settings.sampled_negatives
+    met = (
+        int(torch.unique(torch.cat([seen, rows.article[index]])).numel())
+        + settings.sampled_negatives
+    )
     content = learner.loss.content.words[0].nbytes + learner.loss.content.codes[0].nbytes
     vectors = (met + seen.numel() + len(index)) * settings.width * FLOAT
     return {
@@ -58,23 +71,23 @@ def least_bytes(learner: Learner, index: Tensor) -> dict[str, int]:
     }
 
 
-def open_learner(history: History, device: torch.device) -> Learner:
+def open_learner(history: History, device: torch.device) -> TowerTrainer:
     """A fresh tower with all the purchases of a history."""
-    tower = Tower(learn_vocabulary(history.articles), TowerSettings())
-    return Learner(tower, history, to_rows(history), device)
+    tower = TwoTower(build_vocabulary(history.articles), TwoTowerSettings())
+    return TowerTrainer(tower, history, build_interactions(history), device)
 
 
-def learn(learner: Learner, steps: int) -> tuple[float, list[float], Tensor]:
+def learn(learner: TowerTrainer, steps: int) -> tuple[float, list[float], Tensor]:
     """Seconds of `steps` steps after a few to warm up, their losses, and the last examples."""
-    size, draw = len(learner.rows.article), torch.Generator().manual_seed(0)
-    batch = learner.tower.settings.batch
+    size, draw = len(learner.interactions.article), torch.Generator().manual_seed(0)
+    batch = learner.model.settings.batch_size
     batches = [torch.randint(size, (batch,), generator=draw) for _ in range(steps + 5)]
     moved = [index.to(learner.device) for index in batches]
     for index in moved[:5]:
-        learner.learn(index)
+        learner.training_step(index)
     wait(learner.device)
     started = time.perf_counter()
-    losses = [learner.learn(index) for index in moved[5:]]
+    losses = [learner.training_step(index) for index in moved[5:]]
     wait(learner.device)
     return time.perf_counter() - started, torch.stack(losses).tolist(), moved[-1]
 
@@ -82,16 +95,20 @@ def learn(learner: Learner, steps: int) -> tuple[float, list[float], Tensor]:
 def main() -> None:
     """Run the bench."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("--customers", type=int, default=20_000, help="size of the sample world")
+    parser.add_argument(
+        "--customers", type=int, default=20_000, help="size of the synthetic data set"
+    )
     parser.add_argument("--steps", type=int, default=50, help="steps that are timed")
     usual = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=torch.device, default=torch.device(usual))
     asked = parser.parse_args()
-    learner = open_learner(sample_history(asked.customers), asked.device)
+    learner = open_learner(generate_history(asked.customers), asked.device)
     seconds, losses, index = learn(learner, asked.steps)
-    examples = asked.steps * learner.tower.settings.batch / seconds
+    examples = asked.steps * learner.model.settings.batch_size / seconds
     speed, parts = bandwidth(asked.device), least_bytes(learner, index)
-    print(f"{asked.device}: {len(learner.rows.article):,} purchases, batches of {len(index):,}")
+    print(
+        f"{asked.device}: {len(learner.interactions.article):,} purchases, batches of {len(index):,}"
+    )
     print(
         f"loss of the first and last steps: {np.mean(losses[:5]):.2f}, {np.mean(losses[-5:]):.2f}"
     )

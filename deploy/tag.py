@@ -10,14 +10,14 @@ import re
 import sys
 from pathlib import Path
 
-from hm_reco.lake.fingerprint import release
+from hm_reco.lake.fingerprint import get_package_version
 
-SHA = re.compile(r"[0-9a-f]{40}")
-LONGEST = 128  # of a tag, by the OCI distribution specification
-SHORT = 7
+SHA_PATTERN = re.compile(r"[0-9a-f]{40}")
+MAX_TAG_LENGTH = 128  # of a tag, by the OCI distribution specification
+SHORT_SHA_LENGTH = 7
 
 
-def branch_part(branch: str) -> str:
+def to_tag_part(branch: str) -> str:
     """A branch's name as part of a tag: no character that a tag may not have.
 
     Raises `ValueError` for a name in which nothing is left.
@@ -25,12 +25,14 @@ def branch_part(branch: str) -> str:
     safe = re.sub(r"[^A-Za-z0-9_.]+", "-", branch).strip("-.")
     if not safe:
         raise ValueError(f"branch {branch!r}: nothing in it can be part of an image tag")
-    return safe[: LONGEST - len("-") - 40].rstrip("-.")
+    return safe[: MAX_TAG_LENGTH - len("-") - 40].rstrip("-.")
 
 
-def tags(ref: str, sha: str, pull_request: int | None = None, moving: bool = False) -> list[str]:
+def build_tags(
+    ref: str, sha: str, pull_request: int | None = None, moving: bool = False
+) -> list[str]:
     """All tags, the one with the full commit first. Raises `ValueError`."""
-    if not SHA.fullmatch(sha):
+    if not SHA_PATTERN.fullmatch(sha):
         raise ValueError(f"commit {sha!r}: expected 40 hexadecimal digits")
     if pull_request is None and not ref.startswith("refs/heads/"):
         raise ValueError(
@@ -39,26 +41,28 @@ def tags(ref: str, sha: str, pull_request: int | None = None, moving: bool = Fal
     if pull_request is not None:
         name = f"pr-{pull_request}"
     else:
-        name = branch_part(ref.removeprefix("refs/heads/"))
-    found = [f"{name}-{sha}", f"{name}-{sha[:SHORT]}"]
+        name = to_tag_part(ref.removeprefix("refs/heads/"))
+    tags = [f"{name}-{sha}", f"{name}-{sha[:SHORT_SHA_LENGTH]}"]
     if moving and pull_request is not None:
-        found.append(name)
+        tags.append(name)
     elif moving and name in ("main", "develop"):
-        found.append(f"{name}-latest")
-    return found
+        tags.append(f"{name}-latest")
+    return tags
 
 
-def main(words: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Print the tags, one a line."""
     parser = argparse.ArgumentParser(prog="python -m deploy.tag", description=__doc__)
-    parser.add_argument("--version", action="version", version=release(Path(__file__).parents[1]))
+    parser.add_argument(
+        "--version", action="version", version=get_package_version(Path(__file__).parents[1])
+    )
     parser.add_argument("--ref", required=True, help="as GITHUB_REF has it: refs/heads/main")
     parser.add_argument("--sha", required=True, help="the commit, 40 hexadecimal digits")
     parser.add_argument("--pull-request", type=int, help="its number")
     parser.add_argument("--moving", action="store_true", help="also main-latest, pr-12")
-    given = parser.parse_args(words)
+    args = parser.parse_args(argv)
     try:
-        print(*tags(given.ref, given.sha, given.pull_request, given.moving), sep="\n")
+        print(*build_tags(args.ref, args.sha, args.pull_request, args.moving), sep="\n")
     except ValueError as err:
         print(f"error: {err}", file=sys.stderr)
         return 1

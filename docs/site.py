@@ -101,14 +101,14 @@ def as_table(rows: list[dict[str, object]]) -> str:
 def stages_page() -> str:
     """The parameters of each stage, from the notebooks."""
     from runner.graph import load_pipeline
-    from runner.parameters import read_parameters, type_name
+    from runner.parameters import format_type, read_parameters
 
     parts = ["# Parameters of the stages\n\n`hm run STAGE -p name=value`; `hm params STAGE` too."]
     for name, stage in load_pipeline().items():
         rows = [
             {
                 "parameter": f"`{p.name}`",
-                "type": f"`{type_name(p.annotation)}`",
+                "type": f"`{format_type(p.annotation)}`",
                 "default": f"`{p.default!r}`",
                 "in a whole run": f"`{stage.parameters[p.name]!r}`"
                 if p.name in stage.parameters
@@ -124,16 +124,16 @@ def stages_page() -> str:
 
 def tables_page() -> str:
     """All tables of a lake and their columns, from a small lake."""
-    from hm_reco.lake.storage import stage_of
-    from hm_reco.lake.tables import scan, table_names
+    from hm_reco.lake.storage import get_owner
+    from hm_reco.lake.tables import list_table_names, scan
     from hm_reco.stages.demo import demo_lake
 
     lake, parts = demo_lake("training", 300), ["# Tables\n\nDelta tables, by who writes them."]
-    for name in table_names(lake):
+    for name in list_table_names(lake):
         columns = scan(lake, name).collect_schema()
         rows = [{"column": f"`{column}`", "type": f"`{kind}`"} for column, kind in columns.items()]
         parts.append(
-            f"## {name}\n\nWritten by {stage_of(name) or 'the runner'}.\n\n{as_table(rows)}"
+            f"## {name}\n\nWritten by {get_owner(name) or 'the runner'}.\n\n{as_table(rows)}"
         )
     return "\n\n".join(parts)
 

@@ -9,7 +9,7 @@ from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
 from traitlets import Any as AnyTrait
 
-from runner.watch import Watch
+from runner.monitor import StageMonitor
 
 ENGINE = "hm"
 KERNEL_ARGUMENTS = [
@@ -21,28 +21,28 @@ if sys.platform == "linux":  # PR_SET_PDEATHSIG: nobody is left who writes when 
 
 
 class StageClient(PapermillNotebookClient):
-    """Tells a `Watch` which cell runs, and a listener what the kernel prints."""
+    """Tells a `StageMonitor` which cell runs, and a listener what the kernel prints."""
 
-    watch: Any = AnyTrait()  # a Watch
-    listen: Any = AnyTrait()  # called with stage and text
+    monitor: Any = AnyTrait()  # a Watch
+    on_output: Any = AnyTrait()  # called with stage and text
 
-    def start_new_kernel_client(self, **words: Any) -> Any:
+    def start_new_kernel_client(self, **kwargs: Any) -> Any:
         """The kernel has been started; wait until it answers."""
-        self.watch.attach(self.km.provisioner.process)
-        return super().start_new_kernel_client(**words)
+        self.monitor.attach(self.km.provisioner.process)
+        return super().start_new_kernel_client(**kwargs)
 
     def papermill_execute_cells(self) -> None:
         """Run all cells."""
-        self.watch.cells = len(self.nb.cells)
+        self.monitor.cells = len(self.nb.cells)
         super().papermill_execute_cells()
-        self.watch.sample()
+        self.monitor.sample()
 
     def execute_cell(self, cell: Any, cell_index: int, *args: Any, **kwargs: Any) -> Any:
         """Run one cell."""
-        self.watch.cell = cell_index + 1
+        self.monitor.cell = cell_index + 1
         if cell.cell_type == "markdown" and cell.source.startswith("#"):
-            self.watch.heading = cell.source.splitlines()[0].lstrip("# ")
-            self.watch.note = ""
+            self.monitor.heading = cell.source.splitlines()[0].lstrip("# ")
+            self.monitor.note = ""
         return super().execute_cell(cell, cell_index, *args, **kwargs)
 
     def process_message(self, msg: Any, *args: Any, **kwargs: Any) -> Any:
@@ -51,8 +51,8 @@ class StageClient(PapermillNotebookClient):
             text = msg["content"]["text"]
             lines = [line for line in text.replace("\r", "\n").splitlines() if line.strip()]
             if lines and text.startswith("\r"):
-                self.watch.note = lines[-1].strip()
-            self.listen(self.watch.stage, text)
+                self.monitor.note = lines[-1].strip()
+            self.on_output(self.monitor.stage, text)
         return super().process_message(msg, *args, **kwargs)
 
 
@@ -65,8 +65,8 @@ class StageEngine(NBClientEngine):
         nb_man: Any,
         kernel_name: str,
         *,
-        watch: Watch,
-        listen: Callable[[str, str], None],
+        monitor: StageMonitor,
+        on_output: Callable[[str, str], None],
         cwd_of_kernel: Path,
         env: dict[str, str],
         **_: Any,
@@ -78,8 +78,8 @@ class StageEngine(NBClientEngine):
             startup_timeout=60,
             shutdown_kernel="immediate",  # all cells have run; a polite end takes 0.6 s
             extra_arguments=KERNEL_ARGUMENTS,
-            watch=watch,
-            listen=listen,
+            monitor=monitor,
+            on_output=on_output,
         )
         return client.execute(cwd=str(cwd_of_kernel), env=env)
 

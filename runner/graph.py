@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hm_reco.lake.settings import find_settings_file
 
-PIPELINE = Path(__file__).with_name("pipeline.yaml")
+PIPELINE_FILE = Path(__file__).with_name("pipeline.yaml")
 
 
 class _Loader(yaml.SafeLoader):
@@ -21,13 +21,15 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - as the base class declares it
 
 
-for _tag, _pattern, _first in (
+for _tag, _pattern, _first_characters in (
     ("bool", r"^(?:true|True|false|False)$", "tTfF"),
     ("null", r"^(?:~|null|Null|None|)$", ["~", "n", "N", ""]),
     ("int", r"^[-+]?(?:0|[1-9][0-9]*)$", "-+0123456789"),
     ("float", r"^[-+]?[0-9]*\.[0-9]+(?:[eE][-+]?[0-9]{1,3})?$", "-+.0123456789"),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first_characters)
+    )
 
 
 def read_yaml(text: str) -> Any:
@@ -61,18 +63,18 @@ class Stage(BaseModel):
     headline: dict[str, str] = {}  # label: path of a figure in the manifest's metrics
 
 
-def project_root() -> Path:
+def find_project_root() -> Path:
     """The folder that holds `settings.ini` and `nbs/`: here or above, else beside this package."""
     settings = find_settings_file()
     return settings.parent if settings else Path(__file__).parents[1]
 
 
-def load_pipeline(path: Path = PIPELINE, root: Path | None = None) -> dict[str, Stage]:
+def load_pipeline(path: Path = PIPELINE_FILE, root: Path | None = None) -> dict[str, Stage]:
     """The stages of a pipeline file in an order that respects `after`.
 
     Raises `PipelineError` naming the file and what is wrong with it.
     """
-    home = root or project_root()
+    project = root or find_project_root()
     try:
         content = read_yaml(path.read_text(encoding="utf-8"))
         stages = {name: Stage(name=name, **raw) for name, raw in content["stages"].items()}
@@ -83,22 +85,22 @@ def load_pipeline(path: Path = PIPELINE, root: Path | None = None) -> dict[str, 
         if name not in stages:
             raise PipelineError(f"{path}: {name!r} is in an `after`, but is no stage")
     return {
-        name: stages[name].model_copy(update={"notebook": home / stages[name].notebook})
+        name: stages[name].model_copy(update={"notebook": project / stages[name].notebook})
         for name in order
     }
 
 
-def choose(stages: dict[str, Stage], names: Sequence[str]) -> list[Stage]:
+def select_stages(stages: dict[str, Stage], names: Sequence[str]) -> list[Stage]:
     """The named stages (none named: all), in the pipeline's order; raises `PipelineError`."""
     for name in names:
         if name not in stages:
-            near = get_close_matches(name, stages, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            suggestions = get_close_matches(name, stages, 1)
+            hint = f"; did you mean {suggestions[0]!r}?" if suggestions else ""
             raise PipelineError(f"no stage {name!r}: expected one of {', '.join(stages)}{hint}")
     return [stage for name, stage in stages.items() if not names or name in names]
 
 
-def upstream(stages: dict[str, Stage], names: Sequence[str]) -> list[str]:
+def list_upstream(stages: dict[str, Stage], names: Sequence[str]) -> list[str]:
     """The named stages and all that they come after, in the pipeline's order."""
     needed = set(names)
     for name in reversed(stages):

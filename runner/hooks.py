@@ -10,4 +10,4 @@ class Hooks(NamedTuple):
     """Functions of the library that are no matter of a lake alone."""
 
     fingerprint: Callable[[str], str]  # of a source outside of the lake, by its URI
-    model_rows: Callable[[Lake], list[dict[str, Any]]]  # the registered models, for the index
+    build_model_rows: Callable[[Lake], list[dict[str, Any]]]  # the registered models, for the index

@@ -17,13 +17,15 @@ import nbformat
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from hm_reco.lake.settings import PASSWORD
+from hm_reco.lake.settings import PASSWORD_PATTERN
 from runner.graph import Stage, read_yaml
 
 # what an annotation in a parameters cell may name
-TYPES: dict[str, Any] = {t.__name__: t for t in (str, int, float, bool, list, dict, date, datetime)}
-TYPES |= {"Any": Any, "Literal": Literal, "Optional": Optional, "Union": Union}
-VARIABLE = re.compile(r"\$\{(\w+)(?::-(.*?))?\}")
+ALLOWED_TYPES: dict[str, Any] = {
+    t.__name__: t for t in (str, int, float, bool, list, dict, date, datetime)
+}
+ALLOWED_TYPES |= {"Any": Any, "Literal": Literal, "Optional": Optional, "Union": Union}
+VARIABLE_PATTERN = re.compile(r"\$\{(\w+)(?::-(.*?))?\}")
 
 
 class ParameterError(ValueError):
@@ -39,14 +41,14 @@ class Parameter(NamedTuple):
     help: str
 
 
-class Resolved(NamedTuple):
+class ResolvedParameters(NamedTuple):
     """A stage's parameters, as plain JSON values, and where each value came from."""
 
     values: dict[str, Any]
     origins: dict[str, str]
 
 
-def parameters_cell(notebook: Path) -> str:
+def read_parameters_cell(notebook: Path) -> str:
     """The source of the cell tagged `parameters`; raises `ParameterError` unless there is one."""
     if not notebook.is_file():
         raise ParameterError(f"{notebook}: no such notebook")
@@ -57,7 +59,7 @@ def parameters_cell(notebook: Path) -> str:
     return tagged[0]
 
 
-def _comments(source: str) -> dict[int, str]:
+def _read_comments(source: str) -> dict[int, str]:
     """Comments by the line they end; a `#` inside a string is none."""
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
@@ -68,29 +70,29 @@ def read_parameters(notebook: Path) -> list[Parameter]:
 
     Raises `ParameterError` for a cell that holds anything but `name: type = literal`.
     """
-    source = parameters_cell(notebook)
-    comments = _comments(source)
-    found = []
+    source = read_parameters_cell(notebook)
+    comments = _read_comments(source)
+    parameters = []
     for node in ast.parse(source).body:
         line = ast.get_source_segment(source, node)
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
             raise ParameterError(f"{notebook}: expected `name: type = value`, found {line!r}")
         code = compile(ast.Expression(node.annotation), str(notebook), "eval")
         try:
-            annotation = eval(code, {"__builtins__": {}}, TYPES)  # nosec B307 - our own notebook
+            annotation = eval(code, {"__builtins__": {}}, ALLOWED_TYPES)  # nosec B307 - our own notebook
             default = ast.literal_eval(node.value) if node.value else ...
         except (NameError, TypeError, ValueError) as err:
-            known = ", ".join(TYPES)
+            known = ", ".join(ALLOWED_TYPES)
             raise ParameterError(
                 f"{notebook}: {line!r}: {err}; a type is made of {known}, a value is a literal"
             ) from err
         lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
-        text = " ".join(comments[line] for line in lines if line in comments)
-        found.append(Parameter(node.target.id, annotation, default, text))
-    return found
+        help_text = " ".join(comments[line] for line in lines if line in comments)
+        parameters.append(Parameter(node.target.id, annotation, default, help_text))
+    return parameters
 
 
-def model_of(notebook: Path) -> type[BaseModel]:
+def build_parameters_model(notebook: Path) -> type[BaseModel]:
     """A pydantic model of a notebook's parameters: unknown names and infinite numbers refused."""
     fields: dict[str, Any] = {
         p.name: (p.annotation, Field(p.default, description=p.help))
@@ -104,7 +106,7 @@ def model_of(notebook: Path) -> type[BaseModel]:
         return create_model(notebook.stem, __config__=config, **fields)
 
 
-def type_name(annotation: Any) -> str:
+def format_type(annotation: Any) -> str:
     """An annotation as a user would write it."""
     if get_origin(annotation) is Literal:
         return " or ".join(repr(value) for value in get_args(annotation))
@@ -123,7 +125,7 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def read_file(path: Path) -> dict[str, Any]:
+def read_parameter_file(path: Path) -> dict[str, Any]:
     """Parameters from a YAML or JSON file: `name: value`, or `stage: {name: value}`.
 
     Raises `ParameterError` naming the file.
@@ -137,76 +139,82 @@ def read_file(path: Path) -> dict[str, Any]:
     return content
 
 
-def resolve(stages: Sequence[Stage], *layers: tuple[str, Mapping[str, Any]]) -> dict[str, Resolved]:
+def resolve(
+    stages: Sequence[Stage], *layers: tuple[str, Mapping[str, Any]]
+) -> dict[str, ResolvedParameters]:
     """The checked parameters of each stage.
 
     Each layer (its name, its values) is stronger than the one before; the notebook's defaults and
     the pipeline's values are weaker than all. A value goes to every stage that has the parameter.
     All that is wrong is reported at once, as one `ParameterError`.
     """
-    models = {stage.name: model_of(stage.notebook) for stage in stages}
+    models = {stage.name: build_parameters_model(stage.notebook) for stage in stages}
     problems = [
         problem
         for layer, values in layers
-        for name in _split(values, models)
-        if (problem := _unknown(layer, *name, models))
+        for name in _split_by_stage(values, models)
+        if (problem := _describe_unknown(layer, *name, models))
     ]
     resolved = {}
     for stage in stages:
         model = models[stage.name]
-        values, origins, wrong = _layered(stage, model, layers)
-        problems += wrong
+        values, origins, layer_problems = _merge_layers(stage, model, layers)
+        problems += layer_problems
         try:
-            resolved[stage.name] = Resolved(model(**values).model_dump(mode="json"), origins)
+            resolved[stage.name] = ResolvedParameters(
+                model(**values).model_dump(mode="json"), origins
+            )
         except ValidationError as err:
-            problems += [_misfit(stage.name, model, error) for error in err.errors()]
+            problems += [_format_error(stage.name, model, error) for error in err.errors()]
     if problems:
         raise ParameterError("\n".join(problems))
     return resolved
 
 
-def _split(values: Mapping[str, Any], models: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
+def _split_by_stage(
+    values: Mapping[str, Any], models: Mapping[str, Any]
+) -> dict[tuple[str, str], Any]:
     """`name`, `stage.name` and `stage: {name: ...}` as (stage or "", name)."""
-    found: dict[tuple[str, str], Any] = {}
+    scoped: dict[tuple[str, str], Any] = {}
     for key, value in values.items():
         stage, dot, name = key.rpartition(".")
         if key in models and isinstance(value, Mapping):
-            found |= {(key, inner): content for inner, content in value.items()}
+            scoped |= {(key, parameter): content for parameter, content in value.items()}
         else:
-            found[stage if dot else "", name] = value
-    return found
+            scoped[stage if dot else "", name] = value
+    return scoped
 
 
-def _layered(
+def _merge_layers(
     stage: Stage, model: type[BaseModel], layers: Sequence[tuple[str, Mapping[str, Any]]]
 ) -> tuple[dict[str, Any], dict[str, str], list[str]]:
     """Values, the layer of each, and what is wrong with them."""
     values: dict[str, Any] = {}
-    origins, wrong = dict.fromkeys(model.model_fields, "notebook"), []
+    origins, problems = dict.fromkeys(model.model_fields, "notebook"), []
     for layer, content in (("pipeline.yaml", {stage.name: stage.parameters}), *layers):
-        for (only, name), value in _split(content, {stage.name: model}).items():
-            if only == stage.name or (not only and name in model.model_fields):
+        for (scope, name), value in _split_by_stage(content, {stage.name: model}).items():
+            if scope == stage.name or (not scope and name in model.model_fields):
                 try:
-                    if PASSWORD.search(str(value)):
+                    if PASSWORD_PATTERN.search(str(value)):
                         raise ValueError("a password in a URL, which would be kept with the run")
                     # on the command line, the shell has filled in its own
-                    fill = isinstance(value, str) and layer != "-p"
-                    filled = VARIABLE.sub(_variable, value) if fill else value
-                    values[name], origins[name] = _value(filled, model, name), layer
+                    expand = isinstance(value, str) and layer != "-p"
+                    expanded = VARIABLE_PATTERN.sub(_expand_variable, value) if expand else value
+                    values[name], origins[name] = _parse_value(expanded, model, name), layer
                 except ValueError as err:
-                    wrong.append(f"{name} ({stage.name}, {layer}): {err}")
-    return values, origins, wrong
+                    problems.append(f"{name} ({stage.name}, {layer}): {err}")
+    return values, origins, problems
 
 
-def _value(value: Any, model: type[BaseModel], name: str) -> Any:
+def _parse_value(value: Any, model: type[BaseModel], name: str) -> Any:
     """A value; a text is read as YAML where the parameter may be a list or a mapping."""
     if not isinstance(value, str):
         return value
     field = model.model_fields.get(name)
     annotation = field.annotation if field else str
-    if NoneType in _parts(annotation) and value in ("None", "null"):
+    if NoneType in _union_members(annotation) and value in ("None", "null"):
         return None
-    if is_list(annotation) and value[:1] in ("[", "{"):
+    if accepts_collection(annotation) and value[:1] in ("[", "{"):
         try:
             return read_yaml(value)
         except yaml.YAMLError as err:
@@ -214,46 +222,52 @@ def _value(value: Any, model: type[BaseModel], name: str) -> Any:
     return value
 
 
-def _parts(annotation: Any) -> tuple[Any, ...]:
+def _union_members(annotation: Any) -> tuple[Any, ...]:
     """The alternatives of a union; of anything else, itself."""
-    parts = get_args(annotation)
-    return parts if NoneType in parts or get_origin(annotation) is Union else (annotation,)
+    members = get_args(annotation)
+    return members if NoneType in members or get_origin(annotation) is Union else (annotation,)
 
 
-def is_list(annotation: Any) -> bool:
+def accepts_collection(annotation: Any) -> bool:
     """May a value be a list or a mapping?"""
-    return bool({get_origin(part) or part for part in _parts(annotation)} & {list, dict})
+    return bool(
+        {get_origin(member) or member for member in _union_members(annotation)} & {list, dict}
+    )
 
 
-def _variable(found: re.Match[str]) -> str:
-    name, default = found.groups()
+def _expand_variable(match: re.Match[str]) -> str:
+    name, default = match.groups()
     value = os.environ.get(name) or default
     if value is None:
         raise ValueError(f"the environment variable {name} is not set, and has no default")
     return value
 
 
-def _near(name: str, known: Sequence[str] | set[str]) -> str:
-    near = get_close_matches(name, known, 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+def _suggest(name: str, known: Sequence[str] | set[str]) -> str:
+    matches = get_close_matches(name, known, 1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
-def _unknown(layer: str, stage: str, name: str, models: Mapping[str, type[BaseModel]]) -> str:
+def _describe_unknown(
+    layer: str, stage: str, name: str, models: Mapping[str, type[BaseModel]]
+) -> str:
     """What is wrong with a name, or nothing."""
     if stage and stage not in models:
-        return f"{stage}.{name} ({layer}): no stage {stage!r} in this run{_near(stage, {*models})}"
-    asked = [stage] if stage else list(models)
-    known = {field for asked_stage in asked for field in models[asked_stage].model_fields}
+        return (
+            f"{stage}.{name} ({layer}): no stage {stage!r} in this run{_suggest(stage, {*models})}"
+        )
+    stage_names = [stage] if stage else list(models)
+    known = {field for stage_name in stage_names for field in models[stage_name].model_fields}
     if name in known:
         return ""
-    return f"{name} ({layer}): no such parameter in {', '.join(asked)}{_near(name, known)}"
+    return f"{name} ({layer}): no such parameter in {', '.join(stage_names)}{_suggest(name, known)}"
 
 
-def _misfit(stage: str, model: type[BaseModel], error: Any) -> str:
-    name, found = str(error["loc"][0]), error["input"]
+def _format_error(stage: str, model: type[BaseModel], error: Any) -> str:
+    name, value = str(error["loc"][0]), error["input"]
     field = model.model_fields.get(name)
     if field is None:
-        return f"{name} ({stage}): no such parameter{_near(name, {*model.model_fields})}"
+        return f"{name} ({stage}): no such parameter{_suggest(name, {*model.model_fields})}"
     choices = [c for c in get_args(field.annotation) if isinstance(c, str)]
-    hint = _near(str(found), choices) or f" ({error['msg']})"
-    return f"{name} ({stage}): expected {type_name(field.annotation)}, found {found!r}{hint}"
+    hint = _suggest(str(value), choices) or f" ({error['msg']})"
+    return f"{name} ({stage}): expected {format_type(field.annotation)}, found {value!r}{hint}"

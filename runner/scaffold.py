@@ -13,47 +13,53 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from runner.deployment import FILES, manifests, write_manifest
-from runner.graph import PIPELINE, PipelineError, choose, load_pipeline, project_root
+from runner.deployment import MANIFEST_FILES, build_manifests, write_manifest_file
+from runner.graph import (
+    PIPELINE_FILE,
+    PipelineError,
+    find_project_root,
+    load_pipeline,
+    select_stages,
+)
 
-FENCE = re.compile(r"^```python *(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-NAME = re.compile(r"[a-z][a-z0-9_]{1,40}")
+FENCED_CODE = re.compile(r"^```python *(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]{1,40}")
 
 
-def _filled(template: str, name: str) -> str:
+def _fill_template(template: str, name: str) -> str:
     text = files("runner").joinpath(template).read_text(encoding="utf-8")
     return Template(text).substitute(name=name, title=name.replace("_", " ").capitalize())
 
 
-def _cells(text: str) -> Iterator[nbformat.NotebookNode]:
+def _parse_cells(text: str) -> Iterator[nbformat.NotebookNode]:
     """Prose and fenced code as cells; the word after `python` is a tag."""
-    at = 0
-    for block in FENCE.finditer(text):
-        if prose := text[at : block.start()].strip():
+    position = 0
+    for block in FENCED_CODE.finditer(text):
+        if prose := text[position : block.start()].strip():
             yield new_markdown_cell(prose)
         yield new_code_cell(block[2].strip(), metadata={"tags": [block[1]]} if block[1] else {})
-        at = block.end()
+        position = block.end()
 
 
-def _check(name: str, root: Path) -> None:
+def _check_name(name: str, root: Path) -> None:
     """Raises `PipelineError` when the name cannot be that of a new stage, or nothing is here."""
-    if not NAME.fullmatch(name) or keyword.iskeyword(name):
+    if not NAME_PATTERN.fullmatch(name) or keyword.iskeyword(name):
         expected = "small letters, digits and _, such as price_watch: it names a module"
         raise PipelineError(f"stage name {name!r}: expected {expected}")
     if name in load_pipeline() or list((root / "nbs").rglob(f"[0-9]*_{name}.ipynb")):
         raise PipelineError(f"stage name {name!r}: it is taken; hm plan lists the stages")
-    needed = (root / "nbs" / "stages", *((root / file).parent for file in FILES.values()))
-    if not all(folder.is_dir() for folder in needed) or not PIPELINE.is_relative_to(root):
+    needed = (root / "nbs" / "stages", *((root / file).parent for file in MANIFEST_FILES.values()))
+    if not all(folder.is_dir() for folder in needed) or not PIPELINE_FILE.is_relative_to(root):
         raise PipelineError(f"{root} is no clone of the project, which a new stage needs")
     if not Path(sys.executable).with_name("nbdev-export").exists():
         raise PipelineError("nbdev is not installed, which exports notebooks: make .installed")
 
 
-def _notebook(name: str, folder: Path) -> nbformat.NotebookNode:
+def _build_notebook(name: str, folder: Path) -> nbformat.NotebookNode:
     """The notebook, with the outputs of having been run."""
-    about = {"display_name": "python3", "language": "python", "name": "python3"}
-    cells = list(_cells(_filled("new_stage.md", name)))
-    notebook = new_notebook(cells=cells, metadata={"kernelspec": about})
+    kernelspec = {"display_name": "python3", "language": "python", "name": "python3"}
+    cells = list(_parse_cells(_fill_template("new_stage.md", name)))
+    notebook = new_notebook(cells=cells, metadata={"kernelspec": kernelspec})
     resources = {"metadata": {"path": str(folder)}}
     return NotebookClient(notebook, kernel_name="python3", resources=resources).execute()
 
@@ -63,25 +69,31 @@ def new_stage(name: str, after: str) -> list[Path]:
 
     Raises `PipelineError`; nothing is written then.
     """
-    root = project_root()
-    _check(name, root)
-    choose(load_pipeline(), [after])
+    root = find_project_root()
+    _check_name(name, root)
+    select_stages(load_pipeline(), [after])
     folder = root / "nbs" / "stages"
-    last = max(int(path.name[:2]) for path in folder.glob("[0-9][0-9]_*.ipynb"))
-    notebook = folder / f"{min(last // 10 * 10 + 10, 99)}_{name}.ipynb"
-    nbformat.write(_notebook(name, folder), notebook)
+    last_number = max(int(path.name[:2]) for path in folder.glob("[0-9][0-9]_*.ipynb"))
+    notebook = folder / f"{min(last_number // 10 * 10 + 10, 99)}_{name}.ipynb"
+    nbformat.write(_build_notebook(name, folder), notebook)
     test = root / "tests" / f"test_{name}.py"
-    test.write_text(_filled("new_stage_test.txt", name), encoding="utf-8")
-    place = notebook.relative_to(root).as_posix()
-    entry = (
-        f"  {name}:\n    notebook: {place}\n    after: [{after}]\n    headline: {{units: units}}\n"
-    )
-    before = PIPELINE.read_text(encoding="utf-8").rstrip("\n")
-    PIPELINE.write_text(f"{before}\n{entry}", encoding="utf-8")
-    sort = ["ruff", "check", "--fix", "--quiet", str(test)]  # of imports, which the name decides
-    for tool, *words in (["nbdev-export"], ["nbdev-clean"], sort):
-        command = [str(Path(sys.executable).with_name(tool)), *words]
+    test.write_text(_fill_template("new_stage_test.txt", name), encoding="utf-8")
+    notebook_path = notebook.relative_to(root).as_posix()
+    graph_entry = f"  {name}:\n    notebook: {notebook_path}\n    after: [{after}]\n    headline: {{units: units}}\n"
+    pipeline_text = PIPELINE_FILE.read_text(encoding="utf-8").rstrip("\n")
+    PIPELINE_FILE.write_text(f"{pipeline_text}\n{graph_entry}", encoding="utf-8")
+    sort_imports = [
+        "ruff",
+        "check",
+        "--fix",
+        "--quiet",
+        str(test),
+    ]  # of imports, which the name decides
+    for tool, *arguments in (["nbdev-export"], ["nbdev-clean"], sort_imports):
+        command = [str(Path(sys.executable).with_name(tool)), *arguments]
         subprocess.run(command, check=True, cwd=root)
     module = root / "hm_reco" / "stages" / f"{name}.py"
-    written = [write_manifest(*made) for made in manifests(load_pipeline()).items()]
-    return [notebook, test, PIPELINE, module, *written]
+    written = [
+        write_manifest_file(*manifest) for manifest in build_manifests(load_pipeline()).items()
+    ]
+    return [notebook, test, PIPELINE_FILE, module, *written]

@@ -16,7 +16,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, sync_playwright
 
-from hm_reco.data.synthetic import write_sample
+from hm_reco.data.synthetic import write_synthetic
 from hm_reco.lake.storage import Lake, open_lake
 from hm_reco.stages.demo import demo_lake
 from tests.faults import finish, start
@@ -58,9 +58,9 @@ def wait_for(url: str, seconds: float = 120) -> None:
 
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the sample world's three files, 2,000 customers."""
+    """A folder with the synthetic data set's three files, 2,000 customers."""
     folder = tmp_path_factory.mktemp("sample")
-    write_sample(folder, 2_000)
+    write_synthetic(folder, 2_000)
     return folder
 
 
@@ -126,9 +126,9 @@ def lake(tmp_path: Path) -> Lake:
 
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sample world's three files, 500 customers; of the purchases the last half year."""
+    """The synthetic data set's three files, 500 customers; of the purchases the last half year."""
     folder = tmp_path_factory.mktemp("small")
-    write_sample(folder, 500)
+    write_synthetic(folder, 500)
     sales = folder / "transactions_train.csv"
     head, *rows = sales.read_text().splitlines(keepends=True)
     sales.write_text("".join([head, *(row for row in rows if row >= "2020-03-20")]))

@@ -17,10 +17,10 @@ from urllib.parse import urlsplit
 import polars as pl
 import psutil
 
-from hm_reco.data.ingest_log import LOADS
-from hm_reco.lake.runs import read_ledger
-from hm_reco.lake.storage import STAGE_OF, Lake, folders_of, open_lake
-from hm_reco.lake.tables import has_table, scan, table_names
+from hm_reco.data.ingest_log import INGEST_LOG
+from hm_reco.lake.runs import read_runs
+from hm_reco.lake.storage import TABLE_OWNERS, Lake, list_owned_folders, open_lake
+from hm_reco.lake.tables import has_table, list_table_names, scan
 from runner.graph import load_pipeline
 
 HM = Path(sys.executable).with_name("hm")
@@ -124,8 +124,11 @@ def contents(lake: Lake) -> dict[str, pl.DataFrame]:
     """What readers see of each table, without the names and times of runs."""
     found = {}
     now = open_lake(lake.root)
-    for name in table_names(now):
-        told = name.startswith("runs/") or name in (LOADS, "processed/basis")  # of times, versions
+    for name in list_table_names(now):
+        told = name.startswith("runs/") or name in (
+            INGEST_LOG,
+            "processed/input_versions",
+        )  # of times, versions
         if told or not has_table(now, name):
             continue
         rows = scan(now, name).collect()
@@ -159,20 +162,22 @@ def kernels(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 def files_of(lake: Lake, stage: str) -> set[str]:
-    return {str(path) for folder in folders_of(stage) for path in lake.path(folder).rglob("*.*")}
+    return {
+        str(path) for folder in list_owned_folders(stage) for path in lake.path(folder).rglob("*.*")
+    }
 
 
 def run_until_it_writes(lake: Lake, data: Path, stage: str) -> Iterator[subprocess.Popen[str]]:
     """Start a run up to a stage, and go on once the stage's kernel has left its first file."""
-    before, begun = files_of(lake, stage), len(read_ledger(lake))
+    before, begun = files_of(lake, stage), len(read_runs(lake))
     process = start(lake.root, data, *STAGES[: STAGES.index(stage) + 1])
 
     def running() -> bool:
-        return any(e.stage == stage and e.state == "running" for e in read_ledger(lake)[begun:])
+        return any(e.stage == stage and e.state == "running" for e in read_runs(lake)[begun:])
 
     wait_until(running, process, f"{stage} to start")
     wait_until(lambda: kernels(process), process, f"{stage}'s kernel")
-    if stage in STAGE_OF.values():
+    if stage in TABLE_OWNERS.values():
         wait_until(lambda: files_of(lake, stage) - before, process, f"{stage} to write")
     else:
         time.sleep(1.5)
@@ -195,16 +200,16 @@ def kill_at_each_stage(root: str, data: Path, undisturbed: Lake) -> None:
             process.communicate()
             psutil.wait_procs([kernel], timeout=20)
             assert not kernel.is_running(), "a kernel goes on that nobody watches"
-        last = [e.state for e in read_ledger(lake) if e.stage == stage]
+        last = [e.state for e in read_runs(lake) if e.stage == stage]
         assert last == ["killed", "running"]  # nobody was left to enter more
-        own = [name for name, owner in STAGE_OF.items() if owner == stage]
+        own = [name for name, owner in TABLE_OWNERS.items() if owner == stage]
         seen = {n: rows for n, rows in contents(lake).items() if n.split("/")[0] in own}
         assert seen.keys() == {n for n in before if n.split("/")[0] in own}  # invisible
     finish(start(lake.root, data))
     assert_same(lake, undisturbed)
-    states = {stage: [e.state for e in read_ledger(lake) if e.stage == stage] for stage in STAGES}
+    states = {stage: [e.state for e in read_runs(lake) if e.stage == stage] for stage in STAGES}
     for stage in STAGES:
-        real = [state for state in states[stage] if state != "reused"]
+        real = [state for state in states[stage] if state != "cached"]
         assert real == ["killed", "lost", "succeeded"], (stage, states[stage])
     assert not list(lake.path().rglob("*.part"))
 
@@ -228,5 +233,5 @@ def run_two_at_once(root: str, data: Path, undisturbed: Lake) -> None:
     assert sum("is in use by process" in output for output in outputs) == 1
     assert sum("nothing to do" in output for output in outputs) == 1
     lake = open_lake(root)
-    assert [entry.state for entry in read_ledger(lake)] == ["succeeded"] * 5
+    assert [entry.state for entry in read_runs(lake)] == ["succeeded"] * 5
     assert_same(lake, undisturbed)

@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import Page
 
 from hm_reco.data.history import load_history
-from hm_reco.stages.inference import portraits
+from hm_reco.stages.inference import select_example_customers
 from tests.conftest import faults, free_port, wait_for
 
 HM = str(Path(sys.executable).with_name("hm"))
@@ -45,7 +45,7 @@ def articles(page: Page) -> list[str]:
 
 
 def test_by_keyboard_from_a_search_to_a_session(url, page, trained_lake):
-    loyal = portraits(load_history(trained_lake))["loyal"]
+    loyal = select_example_customers(load_history(trained_lake))["loyal"]
     page.goto(url)
     page.keyboard.type(loyal)  # the search has the focus
     page.keyboard.press("Enter")
@@ -90,7 +90,7 @@ def test_reports_are_whole_and_for_everybody(root, page, width, scheme):
 
 
 def test_the_service_page_is_for_everybody(url, page, trained_lake):
-    loyal = portraits(load_history(trained_lake))["loyal"]
+    loyal = select_example_customers(load_history(trained_lake))["loyal"]
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
         for query in ("", f"?q={loyal}"):

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from deploy.check import BIN, CHECKS, ROOT, main, run
+from deploy.check import BIN_FOLDER, CHECKS, ROOT, main, run_check
 
-pytestmark = pytest.mark.skipif(not BIN.is_dir(), reason="make check-delivery installs the tools")
+pytestmark = pytest.mark.skipif(
+    not BIN_FOLDER.is_dir(), reason="make check-delivery installs the tools"
+)
 TOKEN = "AKIA" + "QYLPMN5HHHFPZAM2"  # made up; in two parts, or the check would find it here
 
 # check: file, what is replaced (empty: the end), by what, a word that the finding has
@@ -27,7 +29,12 @@ FAULTS = {
         "unpinned-uses",
     ),
     "hadolint": ("Dockerfile", "WORKDIR /app", "WORKDIR app", "DL3000"),
-    "bandit": ("deploy/note.py", "", "\nexec(input())\nimport pickle\npickle.loads(b'')\n", "B301"),
+    "bandit": (
+        "deploy/champion_summary.py",
+        "",
+        "\nexec(input())\nimport pickle\npickle.loads(b'')\n",
+        "B301",
+    ),
     "kubernetes": (
         "deploy/api/base/deployment.yaml",
         "terminationGracePeriodSeconds",
@@ -64,7 +71,7 @@ FAULTS = {
         "true",
         "detection failed, and the gate let it pass",
     ),
-    "secrets": ("deploy/note.py", "", f'\nKEY = "{TOKEN}"\n', "AWS Access Key"),
+    "secrets": ("deploy/champion_summary.py", "", f'\nKEY = "{TOKEN}"\n', "AWS Access Key"),
 }
 
 
@@ -88,7 +95,7 @@ def test_each_check_has_a_fault():
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_a_planted_fault_is_found(checkout: Path, name: str, capsys):
-    before = run(name, checkout)
+    before = run_check(name, checkout)
     assert before.returncode == 0, before.stdout + before.stderr
     file, old, new, word = FAULTS[name]
     text = (checkout / file).read_text()

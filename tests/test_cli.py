@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hm_reco.data.ingest_log import read_loads
-from hm_reco.lake.lease import leases
+from hm_reco.lake.lease import hold_leases
 from hm_reco.lake.storage import open_lake
 from runner.cli import app
 
@@ -26,7 +26,7 @@ def test_every_command_has_help(command):
 
 
 def test_sample_writes_three_files(tmp_path):
-    done = hm.invoke(app, ["sample", "--out", str(tmp_path), "--customers", "50", "--json"])
+    done = hm.invoke(app, ["generate", "--out", str(tmp_path), "--customers", "50", "--json"])
     rows = {row["table"]: row["rows"] for row in json.loads(done.output)}
     for table, name in (("customers", "customers"), ("transactions", "transactions_train")):
         assert pl.read_csv(tmp_path / f"{name}.csv", infer_schema=False).height == rows[table]
@@ -45,7 +45,7 @@ def test_sample_writes_three_files(tmp_path):
         (["sweep", "training", "-p", "rounds=[1,"], "expected a list"),
         (["sweep", "training", "-p", "round=[1,2]"], "did you mean 'rounds'"),
         (["report", "--lake", "{tmp}"], "no report at"),
-        (["runs", "--keep", "x", "--lake", "{tmp}"], "has no run 'x'"),
+        (["runs", "--pin", "x", "--lake", "{tmp}"], "has no run 'x'"),
         (["run", "--params", "{tmp}/none.yaml"], "No such file"),
     ],
 )
@@ -73,8 +73,8 @@ def test_the_command_is_installed():
 
 def test_due_sources_are_read_and_others_are_not(sample, tmp_path):
     lake, file = str(tmp_path / "lake"), tmp_path / "sources.yaml"
-    source = {"name": "shop", "place": str(sample), "schedule": "* * * * *"}
-    later = {"name": "yearly", "place": str(tmp_path / "nowhere"), "schedule": "0 0 1 1 *"}
+    source = {"name": "shop", "uri": str(sample), "schedule": "* * * * *"}
+    later = {"name": "yearly", "uri": str(tmp_path / "nowhere"), "schedule": "0 0 1 1 *"}
     words = ["ingest", "--due", "--lake", lake, "--params", str(file)]
 
     def ingest(*sources: dict) -> tuple[int, str]:
@@ -88,7 +88,7 @@ def test_due_sources_are_read_and_others_are_not(sample, tmp_path):
     states = [load.state for load in read_loads(open_lake(lake))]
     assert states == ["loaded"] * 3
     assert ingest(source | {"schedule": "0 0 1 1 *"})[1].startswith("nothing is due")
-    with leases(open_lake(lake), ["ingestion"]):  # somebody else is at work
+    with hold_leases(open_lake(lake), ["ingestion"]):  # somebody else is at work
         code, output = ingest(later)
     assert code == 0 and "will be read the next time" in output
     code, output = ingest(source | {"schedule": "0 0 1 1 *"}, later)  # never read before
@@ -106,7 +106,7 @@ def test_a_bucket_that_is_not_there_is_told(s3, words):
 
 def test_a_password_in_a_parameter_is_neither_kept_nor_shown(tmp_path):
     place = "postgresql://me:hunter2@db/shop"  # pragma: allowlist secret
-    for words in (["-p", f"data={place}"], ["-p", f'sources=[{{place: "{place}"}}]']):
+    for words in (["-p", f"data={place}"], ["-p", f'sources=[{{uri: "{place}"}}]']):
         done = hm.invoke(app, ["run", "ingestion", "--lake", str(tmp_path), *words])
         assert done.exit_code == 1 and "a password in a URL" in done.output
         assert "hunter2" not in done.output and not list(tmp_path.iterdir())
@@ -115,7 +115,9 @@ def test_a_password_in_a_parameter_is_neither_kept_nor_shown(tmp_path):
 def test_a_module_edited_by_hand_is_told_with_the_way_back(monkeypatch):
     edited = {"hm_reco/core/lake.py": "nbs/lake/01_storage.ipynb"}
     for found, code in ((edited, 1), ({}, 0)):
-        monkeypatch.setattr("hm_reco.lake.fingerprint.edited_by_hand", lambda root, it=found: it)
-        told = hm.invoke(app, ["check"])
+        monkeypatch.setattr(
+            "hm_reco.lake.fingerprint.find_unsynced_modules", lambda root, it=found: it
+        )
+        told = hm.invoke(app, ["check-export"])
         assert told.exit_code == code
         assert ("nbdev-update --fname hm_reco/core/lake.py" in told.output) == bool(found)

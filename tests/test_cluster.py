@@ -22,26 +22,32 @@ import pytest
 ray = pytest.importorskip("ray")
 from ray.cluster_utils import Cluster
 
-from hm_reco.api.model_manager import load, wanted
-from hm_reco.compute.cluster import ClusterError, map_on, reduce_on
-from hm_reco.data.history import History, load_history, sample_history
-from hm_reco.data.synthetic import write_sample
+from hm_reco.api.model_manager import find_target, load_model
+from hm_reco.compute.cluster import ClusterError, ray_map, ray_reduce
+from hm_reco.data.history import History, generate_history, load_history
+from hm_reco.data.synthetic import write_synthetic
 from hm_reco.lake.storage import open_lake
 from hm_reco.lake.tables import scan
 from hm_reco.ranking import tuning
-from hm_reco.ranking.backtest import Trainers, evaluate
-from hm_reco.ranking.distributed import Crew
-from hm_reco.ranking.features import Matrix, labelled, open_week
-from hm_reco.ranking.plan import Plan
-from hm_reco.ranking.ranker import RankerSettings, thin, train
-from hm_reco.ranking.tuning import Exam, exam_of
-from hm_reco.retrieval.aggregates import count_sales
-from hm_reco.retrieval.two_tower import Tower, TowerSettings, advance, learn_vocabulary, to_bytes
+from hm_reco.ranking.backtest import TrainingBackend, evaluate
+from hm_reco.ranking.distributed import RayTrainer
+from hm_reco.ranking.features import FeatureMatrix, build_training_matrix, build_week
+from hm_reco.ranking.plan import BacktestPlan
+from hm_reco.ranking.ranker import RankerSettings, downsample_negatives, train
+from hm_reco.ranking.tuning import ValidationSet, build_validation_set
+from hm_reco.retrieval.aggregates import aggregate_sales
+from hm_reco.retrieval.two_tower import (
+    TwoTower,
+    TwoTowerSettings,
+    build_vocabulary,
+    fit_until,
+    to_bytes,
+)
 from hm_reco.serving.recommend import Recommender, predict_all
 from hm_reco.stages import processing
 from hm_reco.stages.ingestion import ingest
-from hm_reco.stages.processing import PROCESSED, process
-from hm_reco.stages.training import trainers_of
+from hm_reco.stages.processing import PROCESSED_TABLES, process
+from hm_reco.stages.training import build_training_backend
 from tests.conftest import free_port
 
 CLIENT = free_port()  # where who is not of the cluster connects
@@ -62,33 +68,33 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def recommender(trained_lake) -> Recommender:
-    return load(trained_lake, wanted(trained_lake)).recommender
+    return load_model(trained_lake, find_target(trained_lake)).recommender
 
 
 @pytest.mark.parametrize("shards", [1, 5])
 def test_predictions_are_those_of_one_process(cluster, recommender, monkeypatch, shards):
     here = predict_all(recommender, shards)
-    monkeypatch.setenv("HM_CLUSTER", cluster.address)
+    monkeypatch.setenv("HM_RAY_ADDRESS", cluster.address)
     assert predict_all(recommender, shards).equals(here)
 
 
 def processed(lake) -> dict[str, pl.DataFrame]:
     """All rows of the processed tables, in one order, without the shards' numbers."""
-    names = [name for name in PROCESSED if name != "processed/basis"]
+    names = [name for name in PROCESSED_TABLES if name != "processed/input_versions"]
     frames = {name: scan(lake, name).drop("shard", strict=False).collect() for name in names}
     return {name: frame.sort(frame.columns) for name, frame in frames.items()}
 
 
 @pytest.mark.parametrize("shards", [1, 3])
 def test_processed_tables_are_those_of_one_process(cluster, monkeypatch, tmp_path, shards):
-    write_sample(tmp_path / "source", 300, seed=3)
+    write_synthetic(tmp_path / "source", 300, seed=3)
     late = tmp_path / "source" / "transactions_train.csv"
     rows = pl.read_csv(late, infer_schema=False)
     lakes = [open_lake(str(tmp_path / name)) for name in ("here", "there")]
     for part in (rows.gather_every(2), rows):  # all weeks anew, then what changed in them
         part.write_csv(late)
         for lake, address in zip(lakes, ("", cluster.address), strict=True):
-            monkeypatch.setenv("HM_CLUSTER", address)
+            monkeypatch.setenv("HM_RAY_ADDRESS", address)
             ingest(lake, str(tmp_path / "source"))
             process(lake, shards)
         here, there = (processed(lake) for lake in lakes)
@@ -111,57 +117,59 @@ def real() -> History | None:
 
 @pytest.mark.parametrize("world", ["sample", "real"])
 def test_an_evaluation_is_that_of_one_process(cluster, monkeypatch, real, world):
-    history = sample_history(400) if world == "sample" else real
+    history = generate_history(400) if world == "sample" else real
     if history is None:
         pytest.skip("the data of H&M's customers are not here")
-    plan = Plan(history.day, evaluation_weeks=3, training_weeks=4, refit_every=2)
+    plan = BacktestPlan(history.day, evaluation_weeks=3, training_weeks=4, refit_every=2)
     results = []
     for address in ("", cluster.address):
-        monkeypatch.setenv("HM_CLUSTER", address)
-        tower = Tower(learn_vocabulary(history.articles), TowerSettings(examples=2_000, batch=256))
+        monkeypatch.setenv("HM_RAY_ADDRESS", address)
+        tower = TwoTower(
+            build_vocabulary(history.articles), TwoTowerSettings(max_examples=2_000, batch_size=256)
+        )
         results.append(evaluate(history, plan, RankerSettings(rounds=20), tower))
     here, there = results
-    for name in ("lists", "scores", "people", "shelf", "wanted", "scored"):
+    for name in ("lists", "scores", "customers", "article_stats", "ground_truth", "calibration"):
         assert getattr(here, name).equals(getattr(there, name)), name
     assert here.booster.model_to_string() == there.booster.model_to_string()
-    assert to_bytes(here.tower) == to_bytes(there.tower) and here.probe.budget == there.probe.budget
+    assert to_bytes(here.two_tower) == to_bytes(there.two_tower) and here.source_recall.budget == there.source_recall.budget
     assert np.array_equal(here.sample.values, there.sample.values, equal_nan=True)
 
 
 @pytest.mark.parametrize("shards", [1, 2, 5])
 def test_sales_are_counted_on_the_cluster_as_here(cluster, monkeypatch, shards):
-    shop = sample_history(500)
-    here = count_sales(shop, 1).sales
-    monkeypatch.setenv("HM_CLUSTER", cluster.address)
-    there = count_sales(shop, shards).sales
-    assert here.days.equals(there.days) and here.again.equals(there.again)
+    shop = generate_history(500)
+    here = aggregate_sales(shop, 1).sales
+    monkeypatch.setenv("HM_RAY_ADDRESS", cluster.address)
+    there = aggregate_sales(shop, shards).sales
+    assert here.daily.equals(there.daily) and here.repurchase_gaps.equals(there.repurchase_gaps)
 
 
 @pytest.fixture(scope="module")
-def lesson() -> tuple[list[Matrix], list[Exam]]:
-    shop = sample_history(500)
-    weeks = [open_week(shop, shop.day - timedelta(days=28 * n), days=28) for n in (1, 2, 3)]
-    matrices = [labelled(week) for week in weeks]
-    thinned = [thin(matrix, 0.2, n) for n, matrix in enumerate(matrices[1:])]
-    return thinned, [exam_of(weeks[0], matrices[0])]
+def lesson() -> tuple[list[FeatureMatrix], list[ValidationSet]]:
+    shop = generate_history(500)
+    weeks = [build_week(shop, shop.day - timedelta(days=28 * n), days=28) for n in (1, 2, 3)]
+    matrices = [build_training_matrix(week) for week in weeks]
+    thinned = [downsample_negatives(matrix, 0.2, n) for n, matrix in enumerate(matrices[1:])]
+    return thinned, [build_validation_set(weeks[0], matrices[0])]
 
 
 def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(
     cluster, lesson, lake, monkeypatch, tmp_path
 ):
-    mark, real = tmp_path / "killed", tuning.segment
+    mark, real = tmp_path / "killed", tuning.train_segment
 
     def killed_once(told, begun):
-        if begun.trees and not mark.exists():
+        if begun.n_trees and not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         with (tmp_path / "segments").open("a") as file:
-            file.write(f"{begun.trees}\n")
+            file.write(f"{begun.n_trees}\n")
         return real(told, begun)
 
     here = tuning.tune(lake, "here", *lesson, RankerSettings())
-    monkeypatch.setattr(tuning, "segment", killed_once)
-    monkeypatch.setenv("HM_CLUSTER", cluster.address)
+    monkeypatch.setattr(tuning, "train_segment", killed_once)
+    monkeypatch.setenv("HM_RAY_ADDRESS", cluster.address)
     there = tuning.tune(lake, "there", *lesson, RankerSettings())
     assert mark.exists() and there.settings == here.settings and there.value == here.value
     begun = [int(line) for line in (tmp_path / "segments").read_text().split()]
@@ -169,26 +177,26 @@ def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(
 
 
 def test_trials_go_on_side_by_side(cluster, lesson, lake, monkeypatch):
-    monkeypatch.setenv("HM_CLUSTER", cluster.address)
+    monkeypatch.setenv("HM_RAY_ADDRESS", cluster.address)
     tuned = tuning.tune(lake, "study", *lesson, RankerSettings(), minutes=0.1)
-    trials = tuned.trials.filter(pl.col("state") != "lost")
+    trials = tuned.trials.filter(pl.col("state") != "interrupted")
     assert trials.height > 2 and trials["trial"].is_duplicated().sum() == 0
     assert trials["seconds"].sum() > 6  # more than there was time for one after the other
 
 
 @pytest.fixture(scope="module")
-def crew(cluster, tmp_path_factory) -> Crew:
-    return Crew(cluster.address, 2, str(tmp_path_factory.mktemp("training")))
+def crew(cluster, tmp_path_factory) -> RayTrainer:
+    return RayTrainer(cluster.address, 2, str(tmp_path_factory.mktemp("training")))
 
 
-def small_tower(shop: History) -> Tower:
-    settings = TowerSettings(examples=20_000, batch=256)
-    return Tower(learn_vocabulary(shop.articles), settings)
+def small_tower(shop: History) -> TwoTower:
+    settings = TwoTowerSettings(max_examples=20_000, batch_size=256)
+    return TwoTower(build_vocabulary(shop.articles), settings)
 
 
 @pytest.mark.parametrize("seconds", [0, 4])  # as it begins, and as it learns
 def test_two_workers_lose_what_one_loses_also_when_one_is_killed(crew, seconds):
-    shop = sample_history(300)
+    shop = generate_history(300)
     alone, shared = small_tower(shop), small_tower(shop)
     killed, learned = [], threading.Event()
 
@@ -205,12 +213,12 @@ def test_two_workers_lose_what_one_loses_also_when_one_is_killed(crew, seconds):
 
     thread = threading.Thread(target=kill)
     thread.start()
-    one, two = advance(alone, shop), crew.advance(shared, shop)  # two: since the last checkpoint
+    one, two = fit_until(alone, shop), crew.fit_until(shared, shop)  # two: since the last checkpoint
     learned.set()
     thread.join()
     assert killed and len(one) > 20 and one[-1] < one[0] and one[-len(two) :] != two
     assert np.allclose(one[-len(two) :], two, atol=0.01)
-    assert shared.until == alone.until and shared.steps == alone.steps
+    assert shared.trained_until == alone.trained_until and shared.steps == alone.steps
     assert not list(Path(crew.storage).iterdir())
 
 
@@ -218,7 +226,7 @@ def test_two_workers_rank_as_well_as_one(crew, lesson):
     learned, [exam] = lesson
     settings = RankerSettings(rounds=60)
     one, two = (
-        exam.mark(np.asarray(booster.predict(exam.week.values)))
+        exam.compute_average_precision(np.asarray(booster.predict(exam.matrix.values)))
         for booster in (train(learned, settings), crew.train(learned, settings))
     )
     assert one.mean() > 0.01 and abs(one.mean() - two.mean()) < 0.2 * one.mean()
@@ -227,9 +235,9 @@ def test_two_workers_rank_as_well_as_one(crew, lesson):
 
 
 def test_workers_need_a_cluster(lake):
-    assert trainers_of(lake) == Trainers()
-    with pytest.raises(ValueError, match="HM_CLUSTER is empty"):
-        trainers_of(lake, 2)
+    assert build_training_backend(lake) == TrainingBackend()
+    with pytest.raises(ValueError, match="HM_RAY_ADDRESS is empty"):
+        build_training_backend(lake, 2)
 
 
 def test_what_is_added_up_on_the_cluster_is_complete(cluster):
@@ -240,9 +248,9 @@ def test_what_is_added_up_on_the_cluster_is_complete(cluster):
         return {key: left.get(key, 0) + right.get(key, 0) for key in left | right}
 
     for many in (1, 2, 7):
-        assert reduce_on(cluster.address, one, add, range(many)) == dict.fromkeys(range(many), 1)
+        assert ray_reduce(cluster.address, one, add, range(many)) == dict.fromkeys(range(many), 1)
     with pytest.raises(ZeroDivisionError):
-        reduce_on(cluster.address, lambda n: {n: 1 // n}, add, [1, 0, 2])
+        ray_reduce(cluster.address, lambda n: {n: 1 // n}, add, [1, 0, 2])
 
 
 def test_tasks_run_on_both_nodes_and_results_keep_their_order(cluster, tmp_path):
@@ -255,7 +263,7 @@ def test_tasks_run_on_both_nodes_and_results_keep_their_order(cluster, tmp_path)
             time.sleep(0.05)
         return n
 
-    assert map_on(cluster.address, meet, range(8)) == [*range(8)]
+    assert ray_map(cluster.address, meet, range(8)) == [*range(8)]
 
 
 def test_a_killed_process_loses_nothing(cluster, tmp_path):
@@ -266,7 +274,7 @@ def test_a_killed_process_loses_nothing(cluster, tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
         return n * n
 
-    assert map_on(cluster.address, once, range(6)) == [n * n for n in range(6)]
+    assert ray_map(cluster.address, once, range(6)) == [n * n for n in range(6)]
     assert (tmp_path / "3").exists()
 
 
@@ -287,13 +295,13 @@ processing.process(open_lake(sys.argv[1]), 2)
 
 
 def test_a_driver_that_is_killed_leaves_nothing_behind(cluster, tmp_path):
-    write_sample(tmp_path / "source", 300, seed=3)
+    write_synthetic(tmp_path / "source", 300, seed=3)
     here, there = (open_lake(str(tmp_path / name)) for name in ("here", "there"))
     for lake in (here, there):
         ingest(lake, str(tmp_path / "source"))
     process(here, 2)
     words = [sys.executable, "-c", WORK, there.root]
-    env = os.environ | {"HM_CLUSTER": cluster.address}
+    env = os.environ | {"HM_RAY_ADDRESS": cluster.address}
     with subprocess.Popen([*words, "slow"], env=env, start_new_session=True) as driver:
         deadline = time.monotonic() + 60
         while not there.path("processed", "weekly_customers").exists():
@@ -349,17 +357,17 @@ def test_results_larger_than_the_object_store_spill_and_come_back(cluster):
     def large(n: int) -> np.ndarray:
         return np.full(10_000_000, n)  # 80 MB; a node's store has 200
 
-    sums = reduce_on(cluster.address, large, np.add, range(8))
+    sums = ray_reduce(cluster.address, large, np.add, range(8))
     assert sums[0] == sum(range(8)) and (sums == sums[0]).all()
 
 
 def test_a_process_that_always_dies_is_told(cluster):
     with pytest.raises(ClusterError, match="a task was lost 4 times"):
-        map_on(cluster.address, lambda n: os.kill(os.getpid(), signal.SIGKILL), [0])
+        ray_map(cluster.address, lambda n: os.kill(os.getpid(), signal.SIGKILL), [0])
 
 
 def test_a_node_that_goes_takes_nothing_along(cluster, monkeypatch, tmp_path):
-    write_sample(tmp_path / "source", 300, seed=3)
+    write_synthetic(tmp_path / "source", 300, seed=3)
     here, there = (open_lake(str(tmp_path / name)) for name in ("here", "there"))
     for lake in (here, there):
         ingest(lake, str(tmp_path / "source"))
@@ -376,7 +384,7 @@ def test_a_node_that_goes_takes_nothing_along(cluster, monkeypatch, tmp_path):
     more = cluster.add_node(num_cpus=1, object_store_memory=100_000_000)
     cluster.wait_for_nodes()
     monkeypatch.setattr(processing, "process_block", slow)
-    monkeypatch.setenv("HM_CLUSTER", cluster.address)
+    monkeypatch.setenv("HM_RAY_ADDRESS", cluster.address)
 
     def remove() -> None:
         while not (tmp_path / more.node_id).exists():
@@ -395,7 +403,7 @@ def test_a_node_that_goes_takes_nothing_along(cluster, monkeypatch, tmp_path):
 
 def test_the_functions_own_error_is_the_callers(cluster):
     with pytest.raises(ZeroDivisionError):
-        map_on(cluster.address, lambda n: 1 // n, [1, 0])
+        ray_map(cluster.address, lambda n: 1 // n, [1, 0])
 
 
 def test_tables_go_along_once(cluster, tmp_path):
@@ -411,7 +419,7 @@ def test_tables_go_along_once(cluster, tmp_path):
             return len, (b"abc",)
 
     heavy = Heavy(tmp_path / "times")
-    assert map_on(cluster.address, lambda n: (n, heavy)[0], range(12)) == [*range(12)]
+    assert ray_map(cluster.address, lambda n: (n, heavy)[0], range(12)) == [*range(12)]
     assert heavy.path.read_text() == "x"
 
 
@@ -419,4 +427,4 @@ def test_tables_go_along_once(cluster, tmp_path):
 def test_a_cluster_that_is_not_there_is_named(address):
     ray.shutdown()
     with pytest.raises(ClusterError, match=f"no Ray cluster at {address!r}"):
-        map_on(address, len, ["a"])
+        ray_map(address, len, ["a"])

@@ -14,9 +14,15 @@ import polars as pl
 import pytest
 from typer.testing import CliRunner
 
-from hm_reco.lake.settings import Settings, aws_schema, explain_settings, origin_of, settings_page
-from hm_reco.lake.storage import find_file, open_lake, put_file
-from hm_reco.lake.tables import table_names, write
+from hm_reco.lake.settings import (
+    Settings,
+    build_aws_schema,
+    explain_settings,
+    find_setting_source,
+    render_settings_page,
+)
+from hm_reco.lake.storage import open_lake, resolve_file, write_file
+from hm_reco.lake.tables import list_table_names, write
 from runner.cli import app
 from tests.conftest import BUCKET, free_port, wait_for
 
@@ -34,45 +40,45 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_each_layer_is_stronger_than_the_one_below(home, monkeypatch):
-    assert (Settings().port, origin_of("port")) == (8081, "settings.ini [dev]")
+    assert (Settings().port, find_setting_source("port")) == (8081, "settings.ini [dev]")
     monkeypatch.setenv("HM_ENV", "prod")
-    assert (Settings().port, origin_of("port")) == (8082, "settings.ini [prod]")
+    assert (Settings().port, find_setting_source("port")) == (8082, "settings.ini [prod]")
     monkeypatch.setenv("HM_PORT", "8083")
-    assert (Settings().port, origin_of("port")) == (8083, "environment HM_PORT")
+    assert (Settings().port, find_setting_source("port")) == (8083, "environment HM_PORT")
     (home / "secrets").mkdir()
     (home / "secrets" / "hm_port").write_text("8084")
     monkeypatch.setenv("HM_SECRETS_DIR", str(home / "secrets"))
-    assert (Settings().port, origin_of("port")) == (8084, "secret hm_port")
-    assert origin_of("queue") == "default"
+    assert (Settings().port, find_setting_source("port")) == (8084, "secret hm_port")
+    assert find_setting_source("max_queue") == "default"
 
 
 def test_a_bucket_names_the_lake_by_its_layer(home, monkeypatch):
     (home / "config/aws.json").write_text('{"s3_data_lake_bucket": "shop"}')
-    assert (Settings().lake, origin_of("lake")) == ("s3://shop", "config/aws.json")
+    assert (Settings().lake, find_setting_source("lake")) == ("s3://shop", "config/aws.json")
     monkeypatch.setenv("S3_DATA_LAKE_BUCKET", "other")
     monkeypatch.setenv("S3_DATA_LAKE_PREFIX", "/reco/")
     assert Settings().lake == "s3://other/reco"
-    assert origin_of("lake") == "environment S3_DATA_LAKE_BUCKET"
+    assert find_setting_source("lake") == "environment S3_DATA_LAKE_BUCKET"
     monkeypatch.setenv("HM_LAKE", "here")
-    assert (Settings().lake, origin_of("lake")) == ("here", "environment HM_LAKE")
+    assert (Settings().lake, find_setting_source("lake")) == ("here", "environment HM_LAKE")
 
 
 def test_an_empty_bucket_names_no_lake(home, monkeypatch):
     monkeypatch.setenv("S3_DATA_LAKE_BUCKET", "")
-    assert (Settings().lake, origin_of("lake")) == ("from-ini", "settings.ini [dev]")
+    assert (Settings().lake, find_setting_source("lake")) == ("from-ini", "settings.ini [dev]")
 
 
 def test_folders_of_a_lake_on_s3_can_have_other_names(s3, home, monkeypatch):
     monkeypatch.setenv("S3_ARTIFACTS_PREFIX", "models")
     lake = open_lake(f"{s3}/renamed")
     write(lake, "artifacts/tried", pl.DataFrame({"n": [1]}))
-    put_file(lake.path("artifacts", "models", "v1", "note.txt"), "here")
+    write_file(lake.path("artifacts", "models", "v1", "note.txt"), "here")
     keys = boto3.client("s3").list_objects_v2(Bucket=BUCKET, Prefix="renamed/")["Contents"]
     tops = {one["Key"].split("/")[1] for one in keys}
     assert "models" in tops and "artifacts" not in tops
-    assert table_names(lake) == ["artifacts/tried"]
-    assert find_file(lake, "artifacts", "models", "v1", "note.txt").read_text() == "here"
-    assert open_lake(home / "lake").folders == {}  # a folder is as it is
+    assert list_table_names(lake) == ["artifacts/tried"]
+    assert resolve_file(lake, "artifacts", "models", "v1", "note.txt").read_text() == "here"
+    assert open_lake(home / "lake").prefixes == {}  # a folder is as it is
     for name in ("raw", "reports"):
         monkeypatch.setenv("S3_ARTIFACTS_PREFIX", name)
         with pytest.raises(ValueError, match="each folder needs a name of its own"):
@@ -102,7 +108,7 @@ def test_a_wrong_aws_file_is_named_without_its_values(home, content, message):
 
 
 def test_the_schema_holds_what_the_model_holds():
-    schema = json.loads(aws_schema())
+    schema = json.loads(build_aws_schema())
     jsonschema.validate({"aws_region": "eu-north-1", "s3_data_lake_bucket": "shop"}, schema)
     for wrong in ({"aws_regoin": "x"}, {"aws_region": 7}, {"lake": "x"}):
         with pytest.raises(jsonschema.ValidationError):
@@ -110,8 +116,8 @@ def test_the_schema_holds_what_the_model_holds():
 
 
 def test_the_files_made_from_the_settings_are_up_to_date():
-    assert (ROOT / "config/aws.schema.json").read_text() == aws_schema(), "make format"
-    assert (ROOT / "config/README.md").read_text() == settings_page(), "make format"
+    assert (ROOT / "config/aws.schema.json").read_text() == build_aws_schema(), "make format"
+    assert (ROOT / "config/README.md").read_text() == render_settings_page(), "make format"
 
 
 def test_hm_config_shows_origins_and_masks_secrets(home, monkeypatch):

@@ -11,14 +11,20 @@ from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from deploy import gitops
-from deploy.changed import NO_BASE, DetectionError, changed_files, components, touched
-from deploy.changed import main as changed
-from deploy.gitops import ATTEMPTS, GitOpsError, publish, set_image
+from deploy.changed_components import (
+    NO_BASE,
+    DetectionError,
+    find_affected,
+    list_changed_files,
+    list_components,
+)
+from deploy.changed_components import main as changed
+from deploy.gitops import MAX_ATTEMPTS, GitOpsError, publish_change, set_image
 from deploy.gitops import main as tell
-from deploy.tag import branch_part, tags
+from deploy.tag import build_tags, to_tag_part
 from deploy.tag import main as tag
 from runner.cli import app
-from runner.deployment import FILES, manifests
+from runner.deployment import MANIFEST_FILES, build_manifests
 from runner.graph import load_pipeline
 
 SHA = "0123456789abcdef0123456789abcdef01234567"  # pragma: allowlist secret
@@ -38,16 +44,16 @@ ALL = list(load_pipeline())
     ],
 )
 def test_tags(ref, number, expected):
-    assert tags(ref, SHA, number, moving=True) == expected
-    still = tags(ref, SHA, number)
+    assert build_tags(ref, SHA, number, moving=True) == expected
+    still = build_tags(ref, SHA, number)
     assert still == expected[:2] and not any(t.endswith("latest") for t in still)
 
 
 def test_a_tag_is_never_longer_than_a_registry_takes():
-    assert len(tags("refs/heads/" + "x" * 300, SHA)[0]) <= 128
-    assert branch_part("-.a.-") == "a"
+    assert len(build_tags("refs/heads/" + "x" * 300, SHA)[0]) <= 128
+    assert to_tag_part("-.a.-") == "a"
     with pytest.raises(ValueError, match="nothing in it"):
-        branch_part("äöü")
+        to_tag_part("äöü")
 
 
 @pytest.mark.parametrize(
@@ -68,7 +74,7 @@ def test_what_the_image_copies_is_known_to_the_detection():
     copied = [line.split()[1:-1] for line in lines if line.startswith("COPY ") and "--" not in line]
     for name in (name for names in copied for name in names if Path(name).is_file()):
         if not name.endswith(("README.md", "LICENSE")):
-            assert touched([name]) == ALL, name
+            assert find_affected([name]) == ALL, name
 
 
 def test_no_secret_of_a_checkout_gets_into_an_image():
@@ -82,12 +88,12 @@ def test_no_secret_of_a_checkout_gets_into_an_image():
 
 
 def test_the_workflow_of_argo_is_the_graph():
-    made = manifests(load_pipeline())
-    assert {name: Path(file).read_text() for name, file in FILES.items()} == made
+    made = build_manifests(load_pipeline())
+    assert {name: Path(file).read_text() for name, file in MANIFEST_FILES.items()} == made
 
 
 def test_a_schedule_is_the_callers():
-    told = CliRunner().invoke(app, ["deploy", "argo", "--schedule", "15 4 * * 1"])
+    told = CliRunner().invoke(app, ["manifests", "argo", "--schedule", "15 4 * * 1"])
     template, cron = yaml.safe_load_all(told.stdout)
     assert cron["spec"]["schedules"] == ["15 4 * * 1"]
     assert (
@@ -113,7 +119,7 @@ def test_roles_may_do_nothing_to_everything():
 
 
 def test_components_are_the_stages():
-    assert list(components()) == ALL
+    assert list(list_components()) == ALL
 
 
 @pytest.mark.parametrize(
@@ -140,15 +146,15 @@ def test_components_are_the_stages():
     ],
 )
 def test_what_a_file_touches(path, expected):
-    assert touched([path]) == expected
+    assert find_affected([path]) == expected
 
 
 def test_several_files_touch_each_their_own():
-    assert touched(["nbs/reporting/06_baskets.ipynb", "nbs/api/03_model_manager.ipynb"]) == [
+    assert find_affected(["nbs/reporting/06_baskets.ipynb", "nbs/api/03_model_manager.ipynb"]) == [
         "eda",
         "inference",
     ]
-    assert touched([]) == []
+    assert find_affected([]) == []
 
 
 def git(folder: Path, *words: str) -> str:
@@ -165,10 +171,10 @@ def test_changes_are_counted_from_where_the_two_parted(tmp_path):
         (tmp_path / f"{name} ü.txt").write_text(name)
         git(tmp_path, "add", "--all")
         git(tmp_path, "commit", "--quiet", "--message", name)
-    assert changed_files("main", "topic", tmp_path) == ["b ü.txt"]
-    assert changed_files(NO_BASE, "topic", tmp_path) is None
+    assert list_changed_files("main", "topic", tmp_path) == ["b ü.txt"]
+    assert list_changed_files(NO_BASE, "topic", tmp_path) is None
     with pytest.raises(DetectionError, match="cannot compare"):
-        changed_files("f" * 40, "topic", tmp_path)
+        list_changed_files("f" * 40, "topic", tmp_path)
 
 
 def test_a_failed_detection_is_no_empty_list(capsys):
@@ -180,7 +186,7 @@ def test_a_failed_detection_is_no_empty_list(capsys):
 
 def test_detection_needs_python_alone(tmp_path):
     command = [sys.executable, "-S", "-I", "-c"]
-    code = f"import sys; sys.path.insert(0, {str(Path.cwd())!r}); from deploy.changed import main"
+    code = f"import sys; sys.path.insert(0, {str(Path.cwd())!r}); from deploy.changed_components import main"
     words = ["--base", NO_BASE]
     done = subprocess.run(
         [*command, f"{code}; sys.exit(main({words!r}))"], capture_output=True, text=True, check=True
@@ -252,7 +258,7 @@ def test_a_push_in_between_is_kept(repository, tmp_path, monkeypatch):
     def late(clone: Path, branch: str, force: bool = False) -> bool:
         calls.append(branch)
         if len(calls) == 1:  # another delivery is faster
-            assert publish(str(repository), "main", other, "another") != ""
+            assert publish_change(str(repository), "main", other, "another") != ""
         return real(clone, branch, force)
 
     def other(clone: Path) -> None:
@@ -272,8 +278,8 @@ def test_it_gives_up_when_others_never_stop(repository, monkeypatch):
     def change(clone: Path) -> None:
         (clone / "new").write_text("x")
 
-    with pytest.raises(GitOpsError, match=f"others pushed {ATTEMPTS} times"):
-        publish(str(repository), "main", change, "m", pause=0)
+    with pytest.raises(GitOpsError, match=f"others pushed {MAX_ATTEMPTS} times"):
+        publish_change(str(repository), "main", change, "m", pause_seconds=0)
 
 
 def test_production_goes_to_a_branch_for_a_pull_request(repository):

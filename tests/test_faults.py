@@ -7,7 +7,7 @@ import signal
 
 import psutil
 
-from hm_reco.lake.runs import read_ledger
+from hm_reco.lake.runs import read_runs
 from hm_reco.lake.storage import open_lake
 from tests.faults import (
     assert_same,
@@ -39,7 +39,7 @@ def test_sigterm_ends_a_run_in_order(small_data, undisturbed, tmp_path):
         process.send_signal(signal.SIGTERM)
         output = finish(process, 128 + signal.SIGTERM)
         assert "the runner got SIGTERM" in output
-    [*_, entry] = read_ledger(lake)
+    [*_, entry] = read_runs(lake)
     assert (entry.stage, entry.state) == ("processing", "stopped")
     assert "did not succeed: stopped" in lake.path(entry.notebook).read_text()
     finish(start(lake.root, small_data))
@@ -54,7 +54,7 @@ def test_a_full_disk_fails_the_stage_and_loses_nothing(small_data, undisturbed, 
     (small_disk / "fill").write_bytes(bytes(max(free - 60_000, 0)))
     output = finish(start(lake.root, small_data, "--force", "-p", "reload=true"), 1)
     assert "No space left on device" in output
-    failed = [e for e in read_ledger(lake) if e.state == "failed"]
+    failed = [e for e in read_runs(lake) if e.state == "failed"]
     assert failed and "No space left on device" in failed[-1].error
     after = contents(lake)
     assert all(rows.equals(after[name]) for name, rows in before.items())

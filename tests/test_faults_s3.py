@@ -5,7 +5,7 @@ After each: run again, and the tables are those of a run that nobody disturbed.
 
 import os
 
-from hm_reco.lake.runs import read_ledger
+from hm_reco.lake.runs import read_runs
 from hm_reco.lake.storage import open_lake
 from tests.faults import (
     STAGES,
@@ -37,5 +37,5 @@ def test_a_failing_s3_delays_but_changes_nothing(small_data, undisturbed, s3):
     assert all(proxy.met[fault] > 3 for fault in ("500", "503", "cut", "lost answer", "slow"))
     proxy.shutdown()
     assert_same(open_lake(root), undisturbed)
-    done = [e.stage for e in read_ledger(open_lake(root)) if e.state == "succeeded"]
+    done = [e.stage for e in read_runs(open_lake(root)) if e.state == "succeeded"]
     assert sorted(done) == sorted(STAGES)

@@ -12,44 +12,50 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from hm_reco.data.history import sample_history
+from hm_reco.data.history import generate_history
 from hm_reco.lake.storage import Lake, open_lake
-from hm_reco.ranking.features import labelled, open_week
-from hm_reco.ranking.forest import check_trees, open_forest, scores
+from hm_reco.ranking.features import build_training_matrix, build_week
+from hm_reco.ranking.forest import build_forest, check_trees, predict_scores
 from hm_reco.ranking.ranker import RANKER, RankerSettings, train
 from hm_reco.registry.bundle import MANIFEST, Bundle, BundleError, load_bundle, save_bundle
-from hm_reco.retrieval.embeddings import Space, read_network
-from hm_reco.retrieval.two_tower import Tower, TowerSettings, from_bytes, learn_vocabulary, to_bytes
-from hm_reco.serving.recommend import answer, open_recommender, predict_all, with_lists
+from hm_reco.retrieval.embeddings import EmbeddingSpace, read_encoder
+from hm_reco.retrieval.two_tower import (
+    TwoTower,
+    TwoTowerSettings,
+    build_vocabulary,
+    from_bytes,
+    to_bytes,
+)
+from hm_reco.serving.recommend import build_recommender, predict_all, recommend, with_precomputed
 from hm_reco.serving.snapshot import (
-    ARRAYS,
+    ARRAYS_FILE,
     LAYOUT,
-    SERVING,
-    StateError,
-    load_state,
+    SNAPSHOTS_FOLDER,
+    SnapshotError,
+    load_snapshot,
     map_arrays,
-    save_state,
+    save_snapshot,
 )
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory):
     """A lake with a bundle and its state."""
-    history = sample_history(400)
-    week = open_week(history, history.day - timedelta(days=28), days=28)
-    booster = train([labelled(week)], RankerSettings(rounds=10, min_data_in_leaf=20))
+    history = generate_history(400)
+    week = build_week(history, history.day - timedelta(days=28), days=28)
+    booster = train([build_training_matrix(week)], RankerSettings(rounds=10, min_data_in_leaf=20))
     bundle = Bundle("v1", RANKER, history.day, booster, {}, {})
     lake = open_lake(str(tmp_path_factory.mktemp("hostile") / "lake"))
-    recommender = open_recommender(history, bundle)
+    recommender = build_recommender(history, bundle)
     save_bundle(lake, bundle)
-    name = save_state(lake, with_lists(recommender, predict_all(recommender)), {})
+    name = save_snapshot(lake, with_precomputed(recommender, predict_all(recommender)), {})
     return lake, bundle, name
 
 
 def test_an_honest_model_is_taken(made):
     lake, bundle, name = made
     check_trees(bundle.booster.model_to_string())
-    assert answer(load_state(lake, load_bundle(lake, "v1"), name), [""])[""].articles
+    assert recommend(load_snapshot(lake, load_bundle(lake, "v1"), name), [""])[""].articles
 
 
 @pytest.mark.parametrize(
@@ -102,8 +108,8 @@ def test_numbers_changed_by_lot_never_end_the_process(made):
         bad = text[: place.start()] + other + text[place.end() :]
         try:
             check_trees(bad)
-            forest = open_forest(lgb.Booster(model_str=bad))
-            assert scores(forest, values).shape == (70,)
+            forest = build_forest(lgb.Booster(model_str=bad))
+            assert predict_scores(forest, values).shape == (70,)
         except (ValueError, lgb.basic.LightGBMError):
             refused += 1
     assert refused > 30
@@ -123,8 +129,8 @@ def test_a_file_too_large_and_a_file_nobody_knows(made, tmp_path, monkeypatch):
 
 
 def test_a_tower_larger_than_its_weights(made):
-    history = sample_history(200)
-    tower = Tower(learn_vocabulary(history.articles), TowerSettings(width=16))
+    history = generate_history(200)
+    tower = TwoTower(build_vocabulary(history.articles), TwoTowerSettings(width=16))
     data = to_bytes(tower)
     assert from_bytes(data).settings.width == 16
     larger = data.replace(b'\\"width\\": 16', b'\\"width\\": 64')
@@ -132,71 +138,75 @@ def test_a_tower_larger_than_its_weights(made):
     with pytest.raises(ValueError, match="weights of other sizes"):
         from_bytes(larger)
     with pytest.raises(ValueError, match=r"no tower: gap\.weight is \(12, 16\), not \(12, 64\)"):
-        read_network(larger)
+        read_encoder(larger)
 
 
 def test_a_tower_changed_by_lot_is_refused_or_a_tower(made):
-    history = sample_history(200)
-    data = to_bytes(Tower(learn_vocabulary(history.articles), TowerSettings(width=16)))
+    history = generate_history(200)
+    data = to_bytes(TwoTower(build_vocabulary(history.articles), TwoTowerSettings(width=16)))
     draw, refused = random.Random(0), 0
     for _ in range(300):
         bad = bytearray(data)
         for _ in range(3):
             bad[draw.randrange(8 + int.from_bytes(data[:8], "little"))] = draw.randrange(32, 127)
         try:
-            assert read_network(bytes(bad)).out.shape == (32, 16)
+            assert read_encoder(bytes(bad)).output.shape == (32, 16)
         except ValueError:
             refused += 1
     assert refused > 100
     with pytest.raises(ValueError, match="the tower is 16 wide"):
-        Space(np.zeros((5, 64), np.int8), read_network(data))
+        EmbeddingSpace(np.zeros((5, 64), np.int8), read_encoder(data))
 
 
 def state_with(made, name: str, value: np.ndarray) -> None:
     """Load the state with another array, as if it had been saved so."""
     lake, bundle, state = made
-    folder = lake.path(*SERVING, "v1", state)
-    kept = {file: (folder / file).read_bytes() for file in (ARRAYS, "state.json")}
-    arrays = {key: np.array(array) for key, array in map_arrays(folder / ARRAYS).items()}
+    folder = lake.path(*SNAPSHOTS_FOLDER, "v1", state)
+    kept = {file: (folder / file).read_bytes() for file in (ARRAYS_FILE, "snapshot.json")}
+    arrays = {key: np.array(array) for key, array in map_arrays(folder / ARRAYS_FILE).items()}
     try:
-        save_file(arrays | {name: value}, folder / ARRAYS)
-        about = json.loads(kept["state.json"])
-        about["files"][ARRAYS] = hashlib.sha256((folder / ARRAYS).read_bytes()).hexdigest()
-        (folder / "state.json").write_text(json.dumps(about))
-        load_state(lake, bundle, state)
+        save_file(arrays | {name: value}, folder / ARRAYS_FILE)
+        about = json.loads(kept["snapshot.json"])
+        about["files"][ARRAYS_FILE] = hashlib.sha256(
+            (folder / ARRAYS_FILE).read_bytes()
+        ).hexdigest()
+        (folder / "snapshot.json").write_text(json.dumps(about))
+        load_snapshot(lake, bundle, state)
     finally:
         for file, content in kept.items():
             (folder / file).write_bytes(content)
 
 
 def arrays_of(made) -> dict[str, np.ndarray]:
-    return map_arrays(made[0].path(*SERVING, "v1", made[2], ARRAYS))
+    return map_arrays(made[0].path(*SNAPSHOTS_FOLDER, "v1", made[2], ARRAYS_FILE))
 
 
 def test_arrays_of_other_kinds_and_sizes_are_refused(made):
     arrays = arrays_of(made)
     assert LAYOUT.keys() <= arrays.keys()
-    tables = [name for name in arrays if name.rsplit(".", 1)[1] in ("start", "item", "weight")]
+    tables = [
+        name for name in arrays if name.rsplit(".", 1)[1] in ("start", "indptr", "indices", "data")
+    ]
     kinds = {np.dtype("f4"): "f8", np.dtype("f8"): "f4"}
     for name in [*LAYOUT, *tables]:
         value = np.array(arrays[name])
-        with pytest.raises(StateError):
+        with pytest.raises(SnapshotError):
             state_with(made, name, value.astype(kinds.get(value.dtype, "i2")))
-        if value.size and name != "shop.new":  # of which there may be any number
-            with pytest.raises(StateError):
+        if value.size and name != "index.new_arrivals":  # of which there may be any number
+            with pytest.raises(SnapshotError):
                 state_with(made, name, value[1:].copy())
 
 
 def test_numbers_beyond_are_refused(made):
     arrays, at_least = arrays_of(made), 0
     for name, array in arrays.items():
-        if array.dtype.kind == "i" and array.size and name != "people.number":
+        if array.dtype.kind == "i" and array.size and name != "customers.customer":
             for value in (np.iinfo(array.dtype).max, np.iinfo(array.dtype).min):
                 bad = np.array(array)
                 bad.flat[bad.size // 2] = value
                 try:
                     state_with(made, name, bad)
-                except StateError:
+                except SnapshotError:
                     at_least += 1
     # ago, units, channel, vectors are no indices; all else is
     assert at_least > 2 * 28
@@ -204,5 +214,5 @@ def test_numbers_beyond_are_refused(made):
 
 def test_another_day_of_the_same_model_is_no_mix(made):
     lake, bundle, state = made
-    with pytest.raises(StateError, match="never completely written"):
-        load_state(lake, replace(bundle, version="v2"), state)
+    with pytest.raises(SnapshotError, match="never completely written"):
+        load_snapshot(lake, replace(bundle, version="v2"), state)

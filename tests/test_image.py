@@ -16,7 +16,7 @@ import httpx
 import pytest
 import yaml
 
-from hm_reco.lake.runs import read_ledger
+from hm_reco.lake.runs import read_runs
 from hm_reco.lake.storage import open_lake
 from hm_reco.registry.registry import read_models
 from runner.graph import load_pipeline
@@ -120,7 +120,7 @@ def test_the_images_are_small_and_hold_what_they_need(images, capsys):
 
 
 def test_the_stages_ran_as_one_run(lake):
-    entries = {entry.stage: entry for entry in read_ledger(lake)}
+    entries = {entry.stage: entry for entry in read_runs(lake)}
     assert [*entries] == [*load_pipeline()]
     assert {(entry.run_id, entry.state) for entry in entries.values()} == {
         ("nightly-1", "succeeded")
@@ -246,10 +246,12 @@ def test_what_the_cluster_is_given_plays_and_answers(images, lake, cloud, tmp_pa
 @pytest.mark.skipif(not os.environ.get("IMAGE_CLUSTER"), reason="IMAGE_CLUSTER names no image")
 def test_stages_are_jobs_of_a_ray_cluster_in_its_image():
     head = "ray start --head --num-cpus 2 --memory 17179869184 --disable-usage-stats > /dev/null"
-    run = "hm run ingestion processing --on ray --lake /tmp/lake -p customers=300"
+    run = "hm run ingestion processing --backend ray --lake /tmp/lake -p customers=300"
     script = f"{head} && {run} && hm runs --json --lake /tmp/lake && wget --version > /dev/null"
     image = os.environ["IMAGE_CLUSTER"]
-    told = engine("run", "--rm", *BOUND, "--env", "HM_CLUSTER=auto", image, "bash", "-c", script)
+    told = engine(
+        "run", "--rm", *BOUND, "--env", "HM_RAY_ADDRESS=auto", image, "bash", "-c", script
+    )
     entries = json.loads(told[told.rindex("\n[") :])
     assert [(e["stage"], e["state"]) for e in entries] == [
         ("ingestion", "succeeded"),

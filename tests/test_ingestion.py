@@ -9,16 +9,16 @@ import boto3
 import polars as pl
 import pytest
 
-from hm_reco.data.contracts import check, columns_of, read_as
-from hm_reco.data.sources import Source, parts
+from hm_reco.data.contracts import cast_to_schema, get_columns, validate
+from hm_reco.data.sources import Source, discover_parts
 from hm_reco.lake.storage import open_lake
-from hm_reco.lake.tables import scan, table_version
+from hm_reco.lake.tables import get_table_version, scan
 from hm_reco.stages.ingestion import ingest
 
 
 @pytest.fixture
 def files(sample: Path, tmp_path: Path) -> Path:
-    """A copy of the sample world that a test may spoil."""
+    """A copy of the synthetic data set that a test may spoil."""
     return Path(shutil.copytree(sample, tmp_path / "files"))
 
 
@@ -35,7 +35,7 @@ def test_a_clean_world_loses_nothing(lake, files):
     done = ingested(lake, files)
     for table, name in (("articles", "articles"), ("transactions", "transactions_train")):
         lines = sum(1 for _ in (files / f"{name}.csv").open()) - 1
-        assert done[table].kept == lines and done[table].broken == {}
+        assert done[table].valid_rows == lines and done[table].violations == {}
     assert scan(lake, "raw/transactions").collect_schema()["t_dat"] == pl.Date
 
 
@@ -50,7 +50,7 @@ def test_article_ids_get_their_ten_digits_back(lake, files, spoil):
     before = pl.read_csv(files / "transactions_train.csv", infer_schema=False)["article_id"]
     for name in ("articles", "transactions_train"):
         edit(files / f"{name}.csv", lambda f: f.with_columns(spoil(pl.col("article_id"))))
-    assert ingested(lake, files)["transactions"].broken == {}
+    assert ingested(lake, files)["transactions"].violations == {}
     after = scan(lake, "raw/transactions").collect()["article_id"]
     assert after.sort().equals(before.sort())
 
@@ -59,7 +59,7 @@ def test_an_index_column_is_left_out(lake, files):
     edit(files / "articles.csv", lambda f: f.with_row_index("").select(*f.columns, ""))
     ingested(lake, files)
     names = scan(lake, "raw/articles").collect_schema().names()
-    assert names == [*columns_of("articles"), "part", "load"]
+    assert names == [*get_columns("articles"), "part", "load"]
 
 
 def test_float_ids_of_a_parquet_copy(lake, files):
@@ -68,7 +68,7 @@ def test_float_ids_of_a_parquet_copy(lake, files):
         files / "articles.parquet"
     )
     (files / "articles.csv").unlink()
-    assert ingested(lake, files)["articles"].kept == frame.height
+    assert ingested(lake, files)["articles"].valid_rows == frame.height
     ids = scan(lake, "raw/articles").collect()["article_id"]
     assert set(ids) == set(frame["article_id"])
 
@@ -83,8 +83,8 @@ def test_csv_gz_and_zip_give_the_same_tables(lake, files, tmp_path):
         path.unlink()
     for source in (files, tmp_path / "data.zip"):
         other = open_lake(str(tmp_path / f"lake-{source.suffix}"))
-        assert {t: i.kept for t, i in ingested(other, source).items()} == {
-            t: i.kept for t, i in plain.items()
+        assert {t: i.valid_rows for t, i in ingested(other, source).items()} == {
+            t: i.valid_rows for t, i in plain.items()
         }
 
 
@@ -92,7 +92,7 @@ def test_an_s3_prefix_is_a_source(lake, files, s3):
     client = boto3.client("s3")
     for path in files.iterdir():
         client.upload_file(str(path), s3.removeprefix("s3://"), f"drop/{path.name}")
-    assert ingested(lake, f"{s3}/drop")["customers"].kept == 2_000
+    assert ingested(lake, f"{s3}/drop")["customers"].valid_rows == 2_000
 
 
 def test_empty_values_and_the_literal_none(lake, files):
@@ -108,7 +108,7 @@ def test_empty_values_and_the_literal_none(lake, files):
             ]
         ),
     )
-    assert ingested(lake, files)["customers"].broken == {}
+    assert ingested(lake, files)["customers"].violations == {}
     ids = pl.read_csv(files / "customers.csv", infer_schema=False).head(5).select("customer_id")
     raw = scan(lake, "raw/customers").collect()
     first = ids.join(raw, on="customer_id", how="left", maintain_order="left")
@@ -126,7 +126,7 @@ def test_empty_values_and_the_literal_none(lake, files):
 def test_equal_rows_are_units_and_stay(lake, files):
     edit(files / "transactions_train.csv", lambda f: pl.concat([f, f.head(7)]))
     rows = sum(1 for _ in (files / "transactions_train.csv").open()) - 1
-    assert ingested(lake, files)["transactions"].kept == rows
+    assert ingested(lake, files)["transactions"].valid_rows == rows
 
 
 def test_rows_that_break_a_rule_are_set_aside_with_its_name(lake, files):
@@ -149,20 +149,20 @@ def test_rows_that_break_a_rule_are_set_aside_with_its_name(lake, files):
     )
     done = ingested(lake, files)["transactions"]
     rows = sum(1 for _ in (files / "transactions_train.csv").open()) - 1
-    assert sum(done.broken.values()) == 5 and done.kept == rows - 5
+    assert sum(done.violations.values()) == 5 and done.valid_rows == rows - 5
     aside = scan(lake, "quarantine/transactions").collect()
     rules = " | ".join(aside["rule"])
     for named in ("t_dat", "price min_exclusive", "price nullability", "sales_channel_id max"):
         assert named in rules
     assert "article_id unknown" in rules
-    assert "t_dat='2020-13-01'" in aside["unreadable"].to_list()
+    assert "t_dat='2020-13-01'" in aside["parse_errors"].to_list()
     assert sorted(aside["row"]) == [1, 2, 3, 4, 5]
     assert set(aside["file"]) == {"transactions_train.csv"}
 
 
 def test_rows_are_numbered_through_all_batches(lake, files, monkeypatch):
     monkeypatch.setattr("hm_reco.stages.ingestion.BATCH_ROWS", 5_000)
-    whole = ingested(lake, files)["transactions"].kept
+    whole = ingested(lake, files)["transactions"].valid_rows
     before = scan(lake, "raw/transactions").collect()
     edit(
         files / "transactions_train.csv",
@@ -170,19 +170,19 @@ def test_rows_are_numbered_through_all_batches(lake, files, monkeypatch):
             price=pl.when(pl.col("index") == 12_345).then(pl.lit("x")).otherwise("price")
         ),
     )
-    assert ingested(lake, files)["transactions"].kept == whole - 1
+    assert ingested(lake, files)["transactions"].valid_rows == whole - 1
     [aside] = scan(lake, "quarantine/transactions").collect().to_dicts()
-    assert (aside["row"], aside["unreadable"]) == (12_346, "price='x'")
+    assert (aside["row"], aside["parse_errors"]) == (12_346, "price='x'")
     after = scan(lake, "raw/transactions").collect()
     assert (
         after.height == before.height - 1
-        and after.join(before, on=columns_of("transactions"), how="anti").is_empty()
+        and after.join(before, on=get_columns("transactions"), how="anti").is_empty()
     )
 
 
 def test_too_many_bad_rows_stop_the_load_and_commit_nothing(lake, files):
     ingest(lake, str(files))
-    before = table_version(lake, "raw/transactions")
+    before = get_table_version(lake, "raw/transactions")
     edit(
         files / "transactions_train.csv",
         lambda f: f.with_row_index().with_columns(
@@ -190,25 +190,27 @@ def test_too_many_bad_rows_stop_the_load_and_commit_nothing(lake, files):
         ),
     )
     with pytest.raises(ValueError, match=r"transactions_train\.csv: \d+ of \d+ rows, more than"):
-        ingest(lake, str(files), max_aside=0.05)
-    assert table_version(lake, "raw/transactions") == before
-    assert ingest(lake, str(files), max_aside=0.2)[2].broken["unreadable check, t_dat nullability"]
+        ingest(lake, str(files), max_quarantined_share=0.05)
+    assert get_table_version(lake, "raw/transactions") == before
+    assert ingest(lake, str(files), max_quarantined_share=0.2)[2].violations[
+        "parse_errors check, t_dat nullability"
+    ]
 
 
 def test_a_column_that_nobody_knows_is_named(lake, files):
     edit(files / "customers.csv", lambda f: f.with_columns(shoe_size=pl.lit("38")))
     with pytest.raises(ValueError, match=r"customers\.csv: .*unknown columns shoe_size"):
         ingest(lake, str(files))
-    assert ingest(lake, str(files), accept_new=True)[1].kept == 2_000
+    assert ingest(lake, str(files), allow_extra_columns=True)[1].valid_rows == 2_000
     edit(files / "articles.csv", lambda f: f.rename({"prod_name": "product_name"}))
     with pytest.raises(ValueError, match="prod_name may be 'product_name' here"):
-        ingest(lake, str(files), accept_new=True)
+        ingest(lake, str(files), allow_extra_columns=True)
 
 
 def test_a_key_twice_is_set_aside(lake, files):
     edit(files / "customers.csv", lambda f: pl.concat([f, f.head(1)]))
     done = ingested(lake, files)["customers"]
-    assert done.broken == {"primary_key": 2} and done.kept == 1_999
+    assert done.violations == {"primary_key": 2} and done.valid_rows == 1_999
 
 
 def test_a_missing_column_is_named(lake, files):
@@ -230,7 +232,7 @@ def test_a_torn_csv_is_named_and_commits_nothing(lake, files):
 def test_a_source_without_files_says_what_was_expected(lake, tmp_path):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(ValueError, match=r"expected files like articles.csv.*found notes.txt"):
-        parts(Source(place=str(tmp_path)))
+        discover_parts(Source(uri=str(tmp_path)))
     (tmp_path / "articles.csv").touch()
     with pytest.raises(FileNotFoundError, match=r"customers \(a file like c.*found articles"):
         ingest(lake, str(tmp_path))
@@ -246,11 +248,12 @@ def test_a_member_that_unpacks_beyond_reason_is_refused(lake, files, tmp_path, m
 
 
 def test_age_out_of_bounds():
-    row = {name: [None] for name in columns_of("customers")} | {
+    row = {name: [None] for name in get_columns("customers")} | {
         "customer_id": ["a"],
         "age": ["900"],
     }
-    checked = check(
-        "customers", read_as("customers", pl.DataFrame(row, schema=dict.fromkeys(row, pl.String)))
+    checked = validate(
+        "customers",
+        cast_to_schema("customers", pl.DataFrame(row, schema=dict.fromkeys(row, pl.String))),
     )
-    assert checked.bad["rule"].to_list() == ["age max"]
+    assert checked.invalid["rule"].to_list() == ["age max"]

@@ -8,8 +8,8 @@ import time
 import pytest
 
 import hm_reco.lake.lease as module
-from hm_reco.lake.lease import LEASES, LeaseError, S3Lease, leases
-from hm_reco.lake.storage import open_lake, put_file
+from hm_reco.lake.lease import LEASE_FOLDER, LeaseError, S3Lease, hold_leases
+from hm_reco.lake.storage import open_lake, write_file
 from tests.conftest import until
 
 
@@ -20,12 +20,12 @@ def lake(s3, request):
 
 def test_one_holds_it_and_the_other_waits(lake):
     said: list[str] = []
-    with leases(lake, ["training", "eda"]):
+    with hold_leases(lake, ["training", "eda"]):
         with (
             pytest.raises(
                 LeaseError, match=f"'eda' of this lake is in use by process {os.getpid()}"
             ),
-            leases(lake, ["eda"], wait=0),
+            hold_leases(lake, ["eda"], timeout_seconds=0),
         ):
             pass
         later = threading.Thread(target=lambda: _hold(lake, said))
@@ -35,18 +35,18 @@ def test_one_holds_it_and_the_other_waits(lake):
         assert said == ["told"]
     later.join(timeout=60)
     assert said == ["told", "held"]
-    assert not list(lake.path(LEASES).glob("*.json"))
+    assert not list(lake.path(LEASE_FOLDER).glob("*.json"))
 
 
 def _hold(lake, said):
-    with leases(lake, ["training"], tell=lambda _: said.append("told")):
+    with hold_leases(lake, ["training"], notify=lambda _: said.append("told")):
         said.append("held")
 
 
 def test_of_many_who_try_at_once_one_gets_it(lake):
     tries = [S3Lease(lake, "training", lambda: None) for _ in range(8)]
     got: list[bool] = []
-    threads = [threading.Thread(target=lambda t=t: got.append(t.take())) for t in tries]
+    threads = [threading.Thread(target=lambda t=t: got.append(t.acquire())) for t in tries]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -58,11 +58,11 @@ def test_of_many_who_try_at_once_one_gets_it(lake):
 
 @pytest.mark.parametrize("host", ["another-machine", os.uname().nodename])
 def test_what_nobody_renews_is_taken_over(lake, host, monkeypatch):
-    dead = {"host": host, "process": 2**22 + 1, "mark": "x", "renewal": "y"}
-    put_file(lake.path(LEASES, "training.json"), json.dumps(dead))
+    dead = {"host": host, "process": 2**22 + 1, "owner_id": "x", "renewal": "y"}
+    write_file(lake.path(LEASE_FOLDER, "training.json"), json.dumps(dead))
     monkeypatch.setattr(module, "STALE_SECONDS", 2.0)
     start = time.monotonic()
-    with leases(lake, ["training"], wait=20, tell=lambda _: None):
+    with hold_leases(lake, ["training"], timeout_seconds=20, notify=lambda _: None):
         waited = time.monotonic() - start
     assert waited < 1 if host == os.uname().nodename else 2 < waited < 10
 
@@ -72,11 +72,14 @@ def test_who_renews_keeps_it_and_who_lost_it_is_told(lake, monkeypatch):
     monkeypatch.setattr(module, "STALE_SECONDS", 2.0)
     lost = threading.Event()
     lease = S3Lease(lake, "training", lost.set)
-    assert lease.take()
-    with pytest.raises(LeaseError), leases(lake, ["training"], wait=4, tell=lambda _: None):
+    assert lease.acquire()
+    with pytest.raises(LeaseError), hold_leases(lake, ["training"], timeout_seconds=4, notify=lambda _: None):
         pass
     assert not lost.is_set()
-    put_file(lake.path(LEASES, "training.json"), json.dumps({"host": "other", "mark": "theirs"}))
+    write_file(
+        lake.path(LEASE_FOLDER, "training.json"),
+        json.dumps({"host": "other", "owner_id": "theirs"}),
+    )
     assert lost.wait(10)
     lease.release()
-    assert lake.path(LEASES, "training.json").exists()  # not ours, so not removed
+    assert lake.path(LEASE_FOLDER, "training.json").exists()  # not ours, so not removed

@@ -8,52 +8,59 @@ import pytest
 from fastapi.testclient import TestClient
 
 from hm_reco.api.app import create_app
-from hm_reco.api.model_manager import load, wanted
+from hm_reco.api.model_manager import find_target, load_model
 from hm_reco.data.history import (
     as_of,
+    build_history,
+    generate_history,
     load_history,
-    make_history,
     map_customers,
     parse_day,
-    sample_history,
 )
 from hm_reco.lake.storage import Lake
 from hm_reco.ranking.backtest import RANKER, evaluate
-from hm_reco.ranking.comparison import judge
-from hm_reco.ranking.features import Matrix, labelled, open_week
+from hm_reco.ranking.comparison import compare_with_baselines
+from hm_reco.ranking.features import FeatureMatrix, build_training_matrix, build_week
 from hm_reco.ranking.metrics import Interval
-from hm_reco.ranking.plan import Plan
-from hm_reco.ranking.ranker import RankerSettings, score, train
+from hm_reco.ranking.plan import BacktestPlan
+from hm_reco.ranking.ranker import RankerSettings, rank_with_booster, train
 from hm_reco.registry.bundle import MANIFEST, Bundle, BundleError, load_bundle, save_bundle
-from hm_reco.registry.registration import Origin, bundles_of, publish
-from hm_reco.registry.registry import NoModelError, champion, model_states, read_models
+from hm_reco.registry.registration import Provenance, build_bundles, register_bundles
+from hm_reco.registry.registry import NoModelError, get_champion, get_model_states, read_models
 from hm_reco.serving.recommend import predict_all
 from hm_reco.stages.demo import demo_lake
-from hm_reco.stages.training import metrics_of, report_on, train_and_publish
+from hm_reco.stages.training import build_metrics, build_report, train_and_register
 
 BASELINE = "own history, half-life 28 days"
 
 
 @pytest.fixture(scope="module")
 def shop():
-    return sample_history(600)
+    return generate_history(600)
 
 
 @pytest.fixture(scope="module")
-def week(shop) -> Matrix:
-    return labelled(open_week(shop, shop.day - timedelta(days=28), days=28))
+def week(shop) -> FeatureMatrix:
+    return build_training_matrix(build_week(shop, shop.day - timedelta(days=28), days=28))
 
 
 def test_a_ranker_that_does_not_win_is_kept_but_the_baseline_serves():
     lake = demo_lake("processing", 300)
     history = load_history(lake)
-    plan = Plan(history.day, evaluation_weeks=1, training_weeks=12)
+    plan = BacktestPlan(history.day, evaluation_weeks=1, training_weeks=12)
     result = evaluate(history, plan, RankerSettings(rounds=3))
-    verdict = replace(judge(result.scores), lead=Interval(0.001, -0.001, 0.003), baseline=BASELINE)
-    origin = Origin("r1", {})
-    told = publish(lake, bundles_of(result, verdict, origin), result.scores, origin)
-    assert champion(lake) == "r1-baseline" and "champion" in told
-    assert model_states(read_models(lake)) == {"r1-ranker": "candidate", "r1-baseline": "champion"}
+    verdict = replace(
+        compare_with_baselines(result.scores),
+        lead=Interval(0.001, -0.001, 0.003),
+        baseline=BASELINE,
+    )
+    origin = Provenance("r1", {})
+    told = register_bundles(lake, build_bundles(result, verdict, origin), result.scores, origin)
+    assert get_champion(lake) == "r1-baseline" and "champion" in told
+    assert get_model_states(read_models(lake)) == {
+        "r1-ranker": "candidate",
+        "r1-baseline": "champion",
+    }
     assert load_bundle(lake, "r1-ranker").booster.num_trees() == 3
 
     with TestClient(create_app(lake)) as client:
@@ -64,22 +71,24 @@ def test_a_ranker_that_does_not_win_is_kept_but_the_baseline_serves():
 
 
 def test_a_training_run_publishes_and_reports(lake: Lake):
-    history = sample_history(1_500)
-    plan = Plan(history.day, evaluation_weeks=1, training_weeks=5)
+    history = generate_history(1_500)
+    plan = BacktestPlan(history.day, evaluation_weeks=1, training_weeks=5)
     settings, tables = RankerSettings(rounds=40), {"processed/x": 1}
-    trial = train_and_publish(lake, history, plan, settings, Origin("r0", tables), enter=False)
+    trial = train_and_register(
+        lake, history, plan, settings, Provenance("r0", tables), register=False
+    )
     assert load_bundle(lake, trial.bundles[-1].version).tables == tables
     with pytest.raises(NoModelError):
-        champion(lake)
-    trained = train_and_publish(lake, history, plan, settings, Origin("r1", tables))
-    metrics = metrics_of(trained)
-    assert champion(lake) == metrics["version"]
+        get_champion(lake)
+    trained = train_and_register(lake, history, plan, settings, Provenance("r1", tables))
+    metrics = build_metrics(trained)
+    assert get_champion(lake) == metrics["version"]
     assert metrics["map12"][RANKER][0] == pytest.approx(
-        trained.verdict.means[RANKER].mean, abs=1e-6
+        trained.comparison.means[RANKER].mean, abs=1e-6
     )
-    assert load_bundle(lake, champion(lake)).tables == tables
-    report = report_on(trained, history, "r1", tables)
-    assert report.tables == tables and metrics["promotion"] in " ".join(report.sections[0].says)
+    assert load_bundle(lake, get_champion(lake)).tables == tables
+    report = build_report(trained, history, "r1", tables)
+    assert report.tables == tables and metrics["promotion"] in " ".join(report.sections[0].findings)
 
 
 def test_a_bundle_that_was_not_completely_written_is_refused(lake: Lake, week):
@@ -102,7 +111,7 @@ def test_a_model_of_other_features_is_refused(week):
     booster = train([week], RankerSettings(rounds=2))
     fewer = replace(week, values=week.values[:, 1:], names=week.names[1:])
     with pytest.raises(ValueError, match="trained on other features"):
-        score(booster, fewer)
+        rank_with_booster(booster, fewer)
 
 
 def test_weeks_without_a_hit_teach_nothing(week):
@@ -112,15 +121,15 @@ def test_weeks_without_a_hit_teach_nothing(week):
 
 def test_a_plan_longer_than_the_history_is_refused(shop):
     with pytest.raises(ValueError, match=r"100 \+ 0 \+ 30 weeks are asked for"):
-        evaluate(shop, Plan(shop.day, evaluation_weeks=100, training_weeks=30))
+        evaluate(shop, BacktestPlan(shop.day, evaluation_weeks=100, training_weeks=30))
 
 
 def test_customers_per_week_bounds_a_week_by_lot(shop):
     day = shop.day - timedelta(days=28)
-    whole, part = (open_week(shop, day, 28, customers) for customers in (0, 20))
-    assert part.who.height == 20 < whole.who.height
-    assert part.sold.join(part.who, on="customer", how="anti").is_empty()
-    assert open_week(shop, day, 28, 20, seed=1).who.equals(part.who) is False
+    whole, part = (build_week(shop, day, 28, customers) for customers in (0, 20))
+    assert part.buyers.height == 20 < whole.buyers.height
+    assert part.ground_truth.join(part.buyers, on="customer", how="anti").is_empty()
+    assert build_week(shop, day, 28, 20, seed=1).buyers.equals(part.buyers) is False
 
 
 @pytest.mark.parametrize(
@@ -134,7 +143,7 @@ def test_a_day_outside_of_the_purchases_is_refused(shop, text, message):
 
 def test_no_purchases_no_history(shop):
     with pytest.raises(ValueError, match="nothing to learn from"):
-        make_history(shop.articles, shop.customers, shop.purchases.clear())
+        build_history(shop.articles, shop.customers, shop.purchases.clear())
 
 
 def test_numbers_stay_when_customers_come():
@@ -154,7 +163,7 @@ def test_numbers_stay_when_customers_come():
 
 
 def test_predictions_do_not_depend_on_the_number_of_shards(trained_lake):
-    recommender = load(trained_lake, wanted(trained_lake)).recommender
+    recommender = load_model(trained_lake, find_target(trained_lake)).recommender
     one, five = (predict_all(recommender, shards).sort("customer", "rank") for shards in (1, 5))
     assert one.equals(five)
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deploy.changed import components, touched
+from deploy.changed_components import find_affected, list_components
 from deploy.gitops import set_image
-from deploy.manifests import BIN as TOOLS
-from deploy.manifests import references
+from deploy.manifests import BIN_FOLDER as TOOLS
+from deploy.manifests import check_references
 
 ROOT = Path(__file__).parents[1]
 PARTS = (
@@ -71,10 +71,10 @@ def test_a_new_stage_runs_and_keeps_the_rules(clone: Path):
 def test_a_new_component_goes_the_whole_way(clone: Path):
     """After the test above: detection, image, registry, workflow of Argo, overlays."""
     notebook = "nbs/stages/60_price_watch.ipynb"
-    assert components(clone)["price_watch"] == clone / notebook
-    assert touched([notebook], clone) == ["price_watch"]
-    assert touched(["nbs/lake/01_storage.ipynb"], clone)[-1] == "price_watch"
-    assert touched(["nbs/ranking/03_ranker.ipynb"], clone) == ["training", "inference"]
+    assert list_components(clone)["price_watch"] == clone / notebook
+    assert find_affected([notebook], clone) == ["price_watch"]
+    assert find_affected(["nbs/lake/01_storage.ipynb"], clone)[-1] == "price_watch"
+    assert find_affected(["nbs/ranking/03_ranker.ipynb"], clone) == ["training", "inference"]
 
     subprocess.run(["git", "init", "--quiet", str(clone)], check=True)
     me = ("-c", "user.name=me", "-c", "user.email=me@here", "commit", "--quiet", "--allow-empty")
@@ -83,11 +83,11 @@ def test_a_new_component_goes_the_whole_way(clone: Path):
     built = subprocess.run(making, cwd=clone, check=True, capture_output=True, text=True).stdout
     assert "--target stage" in built
     assert re.search(r"--tag ml-fashion-recommender/price_watch:\w+-[0-9a-f]{40} ", built)
-    listed = call(clone, "python", "-m", "deploy.changed", "--base", "")
+    listed = call(clone, "python", "-m", "deploy.changed_components", "--base", "")
     assert json.loads(listed.stdout)[-1] == "price_watch"  # as deploy/aws makes repositories
 
     manifest = (clone / "deploy/pipeline/base/workflow.yaml").read_text()
-    assert call(clone, "hm", "deploy", "argo").stdout == manifest
+    assert call(clone, "hm", "manifests", "argo").stdout == manifest
     templates = next(yaml.safe_load_all(manifest))["spec"]["templates"]
     template = next(one for one in templates if one["name"] == "price-watch")
     assert template["container"]["image"] == "ml-fashion-recommender/price_watch"
@@ -96,7 +96,7 @@ def test_a_new_component_goes_the_whole_way(clone: Path):
 
 @pytest.mark.skipif(not KUBECTL.exists(), reason="make check-delivery brings kubectl")
 def test_an_overlay_without_the_new_image_is_a_fault(clone: Path):
-    assert set(references(clone)) == {
+    assert set(check_references(clone)) == {
         f"deploy/pipeline/overlays/{where}: image ml-fashion-recommender/price_watch has no "
         "digest; name it in the overlay's images"
         for where in ("production", "staging")
@@ -105,7 +105,7 @@ def test_an_overlay_without_the_new_image_is_a_fault(clone: Path):
         file = clone / "deploy/pipeline/overlays" / where / "kustomization.yaml"
         name = "ml-fashion-recommender/price_watch"
         set_image(file, name, f"registry.example.com/{name}", "sha256:" + "a" * 64)
-    assert list(references(clone)) == []
+    assert list(check_references(clone)) == []
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ import pytest
 from typer.testing import CliRunner
 
 from runner.cli import app
-from runner.graph import PipelineError, choose, load_pipeline, read_yaml, upstream
+from runner.graph import PipelineError, list_upstream, load_pipeline, read_yaml, select_stages
 from runner.parameters import (
     ParameterError,
-    model_of,
+    build_parameters_model,
     parse_assignments,
-    read_file,
+    read_parameter_file,
     read_parameters,
     resolve,
 )
@@ -37,7 +37,10 @@ def test_a_cell_gives_names_types_defaults_and_help(tmp_path):
     odd = {p.name: p for p in read_parameters(toy(tmp_path, parameters=ODD).notebook)}
     assert odd["text"].default == "two\nlines # not a comment" and odd["text"].help == "a text"
     assert odd["maybe"].default is None and odd["table"].default == {"a": 1}
-    assert model_of(toy(tmp_path, parameters=ODD).notebook)(copy="true").model_name == "copy"
+    assert (
+        build_parameters_model(toy(tmp_path, parameters=ODD).notebook)(copy="true").model_name
+        == "copy"
+    )
 
 
 @pytest.mark.parametrize(
@@ -129,7 +132,9 @@ def test_layers_rise_from_notebook_to_command_line(tmp_path, monkeypatch):
     monkeypatch.setenv("HM_TEST_ARTICLE", "0000000007")
     file = tmp_path / "params.yaml"
     file.write_text("rate: 0.6\nkind: lambdarank\ntoy: {names: [x]}\n")
-    found = resolve([stage], ("params.yaml", read_file(file)), ("-p", {"toy.rate": "0.7"}))["toy"]
+    found = resolve(
+        [stage], ("params.yaml", read_parameter_file(file)), ("-p", {"toy.rate": "0.7"})
+    )["toy"]
     assert (found.values["rate"], found.origins["rate"]) == (0.7, "-p")
     assert (found.values["kind"], found.origins["kind"]) == ("lambdarank", "params.yaml")
     assert found.values["names"] == ["x"]
@@ -157,9 +162,9 @@ def test_a_parameter_file_must_hold_names_and_values(tmp_path, content):
     file = tmp_path / "p.yaml"
     file.write_text(content)
     with pytest.raises(ParameterError, match=r"p\.yaml"):
-        read_file(file)
+        read_parameter_file(file)
     with pytest.raises(ParameterError, match=r"none\.yaml"):
-        read_file(tmp_path / "none.yaml")
+        read_parameter_file(tmp_path / "none.yaml")
 
 
 @pytest.mark.parametrize(
@@ -181,7 +186,7 @@ def test_a_pipeline_that_makes_no_sense_is_refused(tmp_path, text, message):
 
 def test_the_nearest_stage_is_named():
     with pytest.raises(PipelineError, match="did you mean 'training'"):
-        choose(load_pipeline(), ["trainig"])
+        select_stages(load_pipeline(), ["trainig"])
 
 
 def test_params_prints_a_table():
@@ -196,5 +201,5 @@ def test_params_prints_a_table():
 
 def test_upstream_is_all_that_a_stage_comes_after():
     stages = load_pipeline()
-    assert upstream(stages, ["training"]) == ["ingestion", "processing", "training"]
-    assert upstream(stages, ["eda", "ingestion"]) == ["ingestion", "processing", "eda"]
+    assert list_upstream(stages, ["training"]) == ["ingestion", "processing", "training"]
+    assert list_upstream(stages, ["eda", "ingestion"]) == ["ingestion", "processing", "eda"]

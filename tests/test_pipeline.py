@@ -16,21 +16,21 @@ from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
 from hm_reco.api.app import create_app
-from hm_reco.api.model_manager import load, wanted
-from hm_reco.lake.runs import read_ledger
+from hm_reco.api.model_manager import find_target, load_model
+from hm_reco.lake.runs import read_runs
 from hm_reco.lake.settings import ServiceSettings
 from hm_reco.lake.storage import Lake, open_lake
-from hm_reco.lake.tables import scan, table_version, write
+from hm_reco.lake.tables import get_table_version, scan, write
 from hm_reco.registry.bundle import load_bundle, save_bundle
 from hm_reco.registry.registry import (
-    champion,
-    enter_model,
-    put_scores,
+    get_champion,
+    load_scores,
+    publish_immediately,
     read_models,
-    read_scores,
-    seen_at_once,
+    register_model,
+    save_scores,
 )
-from hm_reco.serving.recommend import answer, answer_table
+from hm_reco.serving.recommend import recommend, to_recommendation_table
 from hm_reco.stages.ingestion import ingest
 from hm_reco.stages.processing import process
 from runner.cli import app
@@ -53,13 +53,13 @@ def folder_lake(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Lake:
     done = run("run", "--data", str(sample), "--lake", root, *OPTIONS)
     assert done.exit_code == 0, done.output
     # what a person sees at the end: the metric table, three customers, reports, how to serve
-    for text in ("MAP@12", "own history", "For a loyal", "For a cooled", "For a new", "hm serve"):
+    for text in ("MAP@12", "own history", "For a loyal", "For a lapsed", "For a new", "hm serve"):
         assert text in done.output
     return open_lake(root)
 
 
 def test_each_stage_left_its_row_notebook_and_report(folder_lake):
-    entries = read_ledger(folder_lake)
+    entries = read_runs(folder_lake)
     assert {entry.stage for entry in entries} == {*STAGES}
     for entry in entries:
         assert entry.state == "succeeded"
@@ -133,16 +133,16 @@ def test_s3_gives_the_same_recommendations(folder_lake, sample, s3):
     html = [o["Key"] for o in pages["Contents"] if o["Key"].endswith(".html")]
     head = boto3.client("s3").head_object(Bucket=s3.removeprefix("s3://"), Key=html[0])
     assert len(html) == 7 and head["ContentType"] == "text/html"
-    for entry in read_ledger(lake):
+    for entry in read_runs(lake):
         assert "testing-secret" not in json.dumps(vars(entry), default=str)
 
 
 def test_the_service_answers_from_the_state_that_inference_left(folder_lake):
-    served = load(folder_lake, wanted(folder_lake))
-    assert served.key[1].startswith("2020-09-16-") and served.recommender.lists is not None
+    served = load_model(folder_lake, find_target(folder_lake))
+    assert served.key[1].startswith("2020-09-16-") and served.recommender.precomputed is not None
     table = scan(folder_lake, "predictions/customers").sort("customer_id", "rank").collect()
     ids = table["customer_id"].unique().sort().to_list()[::40]
-    given = answer_table(answer(served.recommender, ids)).sort("customer_id", "rank")
+    given = to_recommendation_table(recommend(served.recommender, ids)).sort("customer_id", "rank")
     assert given.equals(table.filter(pl.col("customer_id").is_in(ids)).select(given.columns))
 
 
@@ -150,14 +150,16 @@ def test_the_service_follows_commands_and_stock(folder_lake, sample, tmp_path):
     """On a lake of whole runs, beside a service that is up."""
     shutil.copytree(folder_lake.root, tmp_path / "lake")
     place, lake = ["--lake", str(tmp_path / "lake")], open_lake(str(tmp_path / "lake"))
-    now = champion(lake)
+    now = get_champion(lake)
     save_bundle(lake, replace(load_bundle(lake, now), version="twin"))
-    put_scores(lake, "twin", read_scores(lake, now))
+    save_scores(lake, "twin", load_scores(lake, now))
     made = next(model for model in read_models(lake) if model.version == now)
-    with seen_at_once(lake):
+    with publish_immediately(lake):
         twin = {"version": "twin", "event": "candidate", "created": datetime.now(UTC)}
-        enter_model(lake, replace(made, **twin))
-    with TestClient(create_app(open_lake(lake.root), ServiceSettings(refresh=0.1))) as client:
+        register_model(lake, replace(made, **twin))
+    with TestClient(
+        create_app(open_lake(lake.root), ServiceSettings(registry_poll_seconds=0.1))
+    ) as client:
         health = lambda: client.get("/healthz").json()["model_version"]  # noqa: E731
         assert health() == now
         assert run("promote", "twin", "--force", *place).exit_code == 0
@@ -173,7 +175,7 @@ def test_the_service_follows_commands_and_stock(folder_lake, sample, tmp_path):
         until(lambda: first["article_id"] in client.post("/predict", json=body).text)
     words = ["--data", str(sample), *place, *OPTIONS]
     plan = json.loads(run("plan", *words, "--json").output)
-    assert {row["stage"]: row["would"] for row in plan}["training"] == "reuse", plan
+    assert {row["stage"]: row["action"] for row in plan}["training"] == "cached", plan
 
 
 def test_recommend_knows_customers_and_strangers(folder_lake):
@@ -216,68 +218,68 @@ def test_one_stage_as_json(folder_lake):
 def test_a_run_that_changes_nothing_runs_nothing(folder_lake, sample):
     words = ["--data", str(sample), "--lake", folder_lake.root, *OPTIONS]
     rows = json.loads(run("plan", *words, "--json").output)
-    assert [row["would"] for row in rows] == ["reuse"] * 5
-    before = len(read_ledger(folder_lake))
+    assert [row["action"] for row in rows] == ["cached"] * 5
+    before = len(read_runs(folder_lake))
     assert "nothing to do" in run("run", *words).output
-    assert len(read_ledger(folder_lake)) == before
+    assert len(read_runs(folder_lake)) == before
     rows = json.loads(run("plan", *words, "-p", "rounds=61", "--json").output)
-    assert {row["stage"]: row["why"] for row in rows if row["would"] == "run"} == {
+    assert {row["stage"]: row["reason"] for row in rows if row["action"] == "run"} == {
         "training": "rounds: 60 → 61",
         "inference": "after training",
     }
 
 
 def test_a_run_repeats_exactly_from_the_tables_it_saw(folder_lake, sample):
-    run_id = read_ledger(folder_lake)[0].run_id
-    done = run("repeat", run_id, "--lake", folder_lake.root, "--json")
+    run_id = read_runs(folder_lake)[0].run_id
+    done = run("reproduce", run_id, "--lake", folder_lake.root, "--json")
     assert done.exit_code == 0, done.output
     rows = json.loads(done.output)
     agreed = [row["stage"] for row in rows if row["agree"]]
     assert sorted(agreed) == sorted(STAGES)  # two of them run side by side
-    lost = run("repeat", "20200101-000000-0000", "--lake", folder_lake.root)
+    lost = run("reproduce", "20200101-000000-0000", "--lake", folder_lake.root)
     assert lost.exit_code == 1 and "no such run" in lost.output
     words = ["--lake", folder_lake.root, "--into", folder_lake.root]
-    onto = run("repeat", run_id, *words)
+    onto = run("reproduce", run_id, *words)
     assert onto.exit_code == 1 and "expected nothing there" in " ".join(onto.output.split())
     assert not folder_lake.path("runs", "branch.json").exists()
 
 
 def test_a_sweep_compares_and_changes_no_champion(folder_lake):
-    registry = table_version(folder_lake, "artifacts/registry")
+    registry = get_table_version(folder_lake, "artifacts/registry")
     grid = ["-p", "rounds=[5,10]", "-p", "learning_rate=[0.05]"]
     words = ["training", *grid, *OPTIONS[:4], "-p", "as_of=2020-09-16", "--lake", folder_lake.root]
     rows = json.loads(run("sweep", *words, "--json").output)
     assert [(row["rounds"], row["state"]) for row in rows] == [(5, "succeeded"), (10, "succeeded")]
     assert rows[0]["MAP@12"] != rows[1]["MAP@12"]
-    assert table_version(open_lake(folder_lake.root), "artifacts/registry") == registry
-    trials = [e for e in read_ledger(folder_lake) if e.run_id.endswith(("-t1", "-t2"))]
+    assert get_table_version(open_lake(folder_lake.root), "artifacts/registry") == registry
+    trials = [e for e in read_runs(folder_lake) if e.run_id.endswith(("-t1", "-t2"))]
     assert [entry.parameters["rounds"] for entry in trials] == [5, 10]
     sweep = trials[0].run_id.removesuffix("-t1")
     page = folder_lake.path("reports", sweep, "index.html").read_text()
     assert all(f"{row['MAP@12']:.4f}" in page for row in rows)
     assert f"{sweep}/index.html" in folder_lake.path("reports", "index.html").read_text()
     states = [row["state"] for row in json.loads(run("sweep", *words, "--json").output)]
-    assert states == ["reused", "reused"]
+    assert states == ["cached", "cached"]
     none = run("sweep", "training", "-p", "rounds=5", "--lake", folder_lake.root)
     assert none.exit_code == 1 and "a sweep needs a list" in none.output
 
 
 def test_vacuum_keeps_what_models_and_kept_runs_refer_to(folder_lake, sample):
-    words = ["processing", "--lake", folder_lake.root, "-p", "rebuild=true", "--force"]
+    words = ["processing", "--lake", folder_lake.root, "-p", "full_refresh=true", "--force"]
     name = "processed/purchases"
-    versions = [table_version(open_lake(folder_lake.root), name)]
+    versions = [get_table_version(open_lake(folder_lake.root), name)]
     for _ in range(2):
         assert run("run", *words).exit_code == 0
-        versions.append(table_version(open_lake(folder_lake.root), name))
+        versions.append(get_table_version(open_lake(folder_lake.root), name))
     first, middle, last = versions
     rows = scan(folder_lake, name, first).collect().height
     dry = json.loads(
         run(
-            "lake", "vacuum", "--keep", "0d", "--dry-run", "--json", "--lake", folder_lake.root
+            "lake", "vacuum", "--retention", "0d", "--dry-run", "--json", "--lake", folder_lake.root
         ).output
     )
     done = json.loads(
-        run("lake", "vacuum", "--keep", "0d", "--json", "--lake", folder_lake.root).output
+        run("lake", "vacuum", "--retention", "0d", "--json", "--lake", folder_lake.root).output
     )
     assert dry == done and sum(row["files"] for row in done if row["table"] == name) > 0
     assert scan(folder_lake, name, first).collect().height == rows  # a model was trained on it
@@ -287,7 +289,7 @@ def test_vacuum_keeps_what_models_and_kept_runs_refer_to(folder_lake, sample):
     tables = json.loads(run("lake", "--json", "--lake", folder_lake.root).output)
     shown = next(row for row in tables if row["table"] == name)
     assert shown["version"] == last and shown["rows"] == rows and shown["versions"] > last
-    bad = run("lake", "vacuum", "--keep", "soon", "--lake", folder_lake.root)
+    bad = run("lake", "vacuum", "--retention", "soon", "--lake", folder_lake.root)
     assert bad.exit_code == 1 and "expected a number of days" in bad.output
 
 
@@ -306,8 +308,8 @@ def test_processed_tables_do_not_depend_on_the_number_of_shards(sample, tmp_path
 
 def test_predict_all_is_the_stage_inference(folder_lake):
     before = scan(folder_lake, "predictions/customers").collect()
-    done = run("predict", "--all", "--lake", folder_lake.root, "--shards", "3")
+    done = run("predict", "--lake", folder_lake.root, "--shards", "3")
     assert done.exit_code == 0, done.output
     after = scan(folder_lake, "predictions/customers").collect()
-    assert after.height == before.height and read_ledger(folder_lake)[-1].parameters["shards"] == 3
+    assert after.height == before.height and read_runs(folder_lake)[-1].parameters["shards"] == 3
     assert not list(folder_lake.path("predictions", "parts").rglob("*.parquet"))

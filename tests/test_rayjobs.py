@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("ray")
 from ray.cluster_utils import Cluster
 
-from hm_reco.lake.runs import read_ledger
+from hm_reco.lake.runs import read_runs
 from hm_reco.lake.storage import open_lake
 
 HM = str(Path(sys.executable).with_name("hm"))
@@ -25,7 +25,7 @@ def settings(watched: dict[str, str]) -> Iterator[dict[str, str]]:
     node = {"num_cpus": 1, "memory": 20 * 2**30, "object_store_memory": 200_000_000}
     cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": True})
     cluster.add_node(**node)
-    where = {"HM_CLUSTER": cluster.address, "HM_DASHBOARD": f"http://{cluster.webui_url}"}
+    where = {"HM_RAY_ADDRESS": cluster.address, "HM_RAY_DASHBOARD": f"http://{cluster.webui_url}"}
     yield os.environ | where | watched
     cluster.shutdown()
     os.environ["PATH"] = before
@@ -38,10 +38,10 @@ def hm(settings: dict[str, str], *words: str) -> subprocess.CompletedProcess[str
 
 
 def test_stages_run_as_jobs_and_are_recorded_as_always(settings, lake):
-    words = ("run", "ingestion", "processing", "--on", "ray", "--lake", lake.root, "-v")
+    words = ("run", "ingestion", "processing", "--backend", "ray", "--lake", lake.root, "-v")
     done = hm(settings, *words, "-p", "customers=300", "-p", "processing.shards=2")
     assert done.returncode == 0, done.stdout + done.stderr
-    entries = read_ledger(lake)
+    entries = read_runs(lake)
     assert [(e.stage, e.state) for e in entries] == [
         ("ingestion", "succeeded"),
         ("processing", "succeeded"),
@@ -49,29 +49,29 @@ def test_stages_run_as_jobs_and_are_recorded_as_always(settings, lake):
     assert len({e.run_id for e in entries}) == 1 and entries[1].parameters["shards"] == 2
     page = lake.path("reports", entries[0].run_id, "index.html").read_text()
     for entry in entries:
-        assert entry.job.startswith(settings["HM_DASHBOARD"]) and entry.job in page
+        assert entry.job_url.startswith(settings["HM_RAY_DASHBOARD"]) and entry.job_url in page
         assert lake.path(entry.report).is_file() and lake.path(entry.notebook).is_file()
     assert "processing | " in done.stdout  # what the job printed
     assert "Ray: " in hm(settings, "runs", "--lake", lake.root).stdout
     again = hm(settings, *words, "-p", "customers=300", "-p", "processing.shards=2")
-    assert again.returncode == 0 and "reused" in again.stdout, again.stdout
+    assert again.returncode == 0 and "cached" in again.stdout, again.stdout
 
 
 def test_a_stage_that_fails_there_is_told_here(settings, lake):
-    done = hm(settings, "run", "processing", "--on", "ray", "--lake", lake.root)
+    done = hm(settings, "run", "processing", "--backend", "ray", "--lake", lake.root)
     assert done.returncode == 1
     assert "stage 'processing' failed" in done.stderr and "raw/" in done.stderr, done.stderr
 
 
 def test_what_no_machine_has_is_told_while_it_waits(settings, lake, tmp_path):
-    from runner.backends.ray_jobs import Needs, follow_job, job_client
+    from runner.backends.ray_jobs import Resources, get_job_client, run_job
 
     heard: list[str] = []
-    asked = follow_job(
-        job_client(settings["HM_DASHBOARD"]),
+    asked = run_job(
+        get_job_client(settings["HM_RAY_DASHBOARD"]),
         "large",
         ["true"],
-        Needs(cpus=64),
+        Resources(cpus=64),
         heard.append,
         lambda: not heard,  # waits no longer than until it is told
     )
@@ -81,13 +81,13 @@ def test_what_no_machine_has_is_told_while_it_waits(settings, lake, tmp_path):
 @pytest.mark.parametrize(
     ("extra", "says"),
     [
-        ({"HM_CLUSTER": ""}, "HM_CLUSTER is empty"),
-        ({"HM_DASHBOARD": "http://127.0.0.1:9"}, "no Ray dashboard at http://127.0.0.1:9"),
+        ({"HM_RAY_ADDRESS": ""}, "HM_RAY_ADDRESS is empty"),
+        ({"HM_RAY_DASHBOARD": "http://127.0.0.1:9"}, "no Ray dashboard at http://127.0.0.1:9"),
     ],
 )
 def test_a_cluster_that_is_not_there_is_named(settings, tmp_path, extra, says):
     lake = open_lake(str(tmp_path))
-    done = hm(settings | extra, "run", "ingestion", "--on", "ray", "--lake", lake.root)
+    done = hm(settings | extra, "run", "ingestion", "--backend", "ray", "--lake", lake.root)
     assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr
-    wrong = hm(settings, "run", "--on", "spark", "--lake", lake.root)
-    assert wrong.returncode == 1 and "--on spark: expected ray" in wrong.stderr
+    wrong = hm(settings, "run", "--backend", "spark", "--lake", lake.root)
+    assert wrong.returncode == 1 and "--backend spark: expected ray" in wrong.stderr

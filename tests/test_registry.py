@@ -8,22 +8,22 @@ import polars as pl
 import pytest
 from typer.testing import CliRunner
 
-from hm_reco.lake.lease import leases
-from hm_reco.lake.published import take_back, write_manifest
+from hm_reco.lake.lease import hold_leases
+from hm_reco.lake.published import restore_published, write_manifest
 from hm_reco.lake.storage import REGISTRY, Lake, open_lake
-from hm_reco.lake.tables import append, newest_version, scan
+from hm_reco.lake.tables import append, get_latest_version, scan
 from hm_reco.ranking.ranker import RANKER
 from hm_reco.registry.registry import (
     Model,
     NoModelError,
     PromotionError,
-    champion,
-    champions,
-    enter_model,
+    get_champion,
+    list_champions,
     promote,
-    put_scores,
     read_models,
+    register_model,
     rollback,
+    save_scores,
 )
 from runner.cli import app
 
@@ -31,7 +31,7 @@ CUSTOMERS = 400
 
 
 def enter(lake: Lake, version: str, lead: float, as_of: str = "2020-09-23", week: int = 16) -> None:
-    """A ranker that is `lead` better than the simple method, for each customer with some noise."""
+    """A ranker that is `lead` better than the baseline, for each customer with some noise."""
     rng = np.random.default_rng(len(version) + ord(version[0]))
     simple = np.random.default_rng(0).exponential(0.02, CUSTOMERS)
     ap = {RANKER: simple + lead + rng.normal(0, 0.005, CUSTOMERS), "own history": simple}
@@ -40,9 +40,9 @@ def enter(lake: Lake, version: str, lead: float, as_of: str = "2020-09-23", week
         pl.DataFrame({"day": day, "customer": range(CUSTOMERS), "method": method, "ap": values})
         for method, values in ap.items()
     ]
-    put_scores(lake, version, pl.concat(frames))
+    save_scores(lake, version, pl.concat(frames))
     metrics = {"map12": {method: float(values.mean()) for method, values in ap.items()}}
-    enter_model(
+    register_model(
         lake, Model(version, "candidate", RANKER, as_of, "r1", "3f2a" * 10, metrics=metrics)
     )
 
@@ -56,7 +56,7 @@ def test_promotion_asks_for_more_than_chance(lake: Lake):
     with pytest.raises(PromotionError, match="does not beat 'own history'"):
         promote(lake, "weak")
     with pytest.raises(NoModelError):
-        champion(lake)
+        get_champion(lake)
     enter(lake, "good", 0.004)
     promote(lake, "good")
     enter(lake, "equal", 0.004)
@@ -64,7 +64,7 @@ def test_promotion_asks_for_more_than_chance(lake: Lake):
         promote(lake, "equal")
     enter(lake, "better", 0.008)
     promote(lake, "better")
-    assert champion(lake) == "better"
+    assert get_champion(lake) == "better"
 
 
 def test_newer_days_need_only_hold_their_own(lake: Lake):
@@ -94,7 +94,7 @@ def test_the_commands_promote_force_and_roll_back(lake: Lake):
         ("first", "retired"),
     ]
     assert "first serves again" in hm("rollback", *place).output
-    assert champion(lake) == "first"
+    assert get_champion(lake) == "first"
     nothing = hm("rollback", *place)
     assert nothing.exit_code == 1 and "no champion before 'first'" in nothing.stderr
     unknown = hm("promote", "third", *place)
@@ -115,7 +115,7 @@ def test_every_decision_stays_on_record(lake: Lake):
         ("b", "champion"),
         ("b", "rollback"),
     ]
-    assert champions(events) == ["a"] and "beats 'own history'" in events[1].reason
+    assert list_champions(events) == ["a"] and "beats 'own history'" in events[1].reason
 
 
 def test_a_promotion_is_seen_at_once_and_stays(lake: Lake):
@@ -124,16 +124,16 @@ def test_a_promotion_is_seen_at_once_and_stays(lake: Lake):
     enter(lake, "first", 0.004)
     promote(lake, "first")
     enter(lake, "second", 0.0)
-    trained = newest_version(lake, REGISTRY)
+    trained = get_latest_version(lake, REGISTRY)
     write_manifest(lake, "r1", "training", {}, {REGISTRY: trained}, {})
     append(lake, REGISTRY, scan(lake, REGISTRY).head(1).collect())  # of a training that was killed
     assert hm("promote", "second", "--force", *place).exit_code == 0
-    assert champion(open_lake(lake.root)) == "second"
+    assert get_champion(open_lake(lake.root)) == "second"
     assert len(read_models(open_lake(lake.root))) == 4, "what nobody vouched for came to light"
-    take_back(open_lake(lake.root), "training")  # as the next training begins
-    assert champion(open_lake(lake.root)) == "second"
+    restore_published(open_lake(lake.root), "training")  # as the next training begins
+    assert get_champion(open_lake(lake.root)) == "second"
     write_manifest(open_lake(lake.root), "r2", "training", {}, {REGISTRY: trained}, {})
-    assert champion(open_lake(lake.root)) == "second", "a training that began before hid it"
-    with leases(lake, ["training"]):  # one that runs does not hold a rollback up
+    assert get_champion(open_lake(lake.root)) == "second", "a training that began before hid it"
+    with hold_leases(lake, ["training"]):  # one that runs does not hold a rollback up
         assert hm("rollback", *place).exit_code == 0
-    assert champion(open_lake(lake.root)) == "first"
+    assert get_champion(open_lake(lake.root)) == "first"

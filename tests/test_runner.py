@@ -11,14 +11,14 @@ import nbformat
 import pytest
 from rich.console import Console
 
-from hm_reco.lake.runs import Entry, enter, git_commit, named_run, read_ledger
-from hm_reco.lake.storage import Lake, open_lake, read_vouched
-from runner.again import code_of
-from runner.board import Board
-from runner.cache import decide, key_of
-from runner.cli.options import library_hooks
-from runner.execute import StageError, run_jobs
-from runner.graph import Stage, load_pipeline, project_root
+from hm_reco.lake.runs import StageRun, get_git_commit, read_runs, record, validate_run_id
+from hm_reco.lake.storage import Lake, open_lake, read_published
+from runner.cache import compute_cache_key, decide
+from runner.cli.options import get_library_hooks
+from runner.display import RunDisplay
+from runner.graph import Stage, find_project_root, load_pipeline
+from runner.rerun import checkout_code
+from runner.scheduler import StageError, run_jobs
 from tests.toys import MANIFEST, job, run_toys, toy
 
 CGROUP = Path("/sys/fs/cgroup/memory")
@@ -39,12 +39,12 @@ def test_a_stage_leaves_notebook_report_manifest_and_ledger(tmp_path, lake: Lake
     assert "<td>kind</td><td>binary</td><td>notebook</td>" in page
     assert "r1/index.html" in lake.path("reports", "index.html").read_text()
     run = lake.path("reports", "r1", "index.html").read_text()
-    assert "hm repeat r1" in run and "toy.html" in run and "twice" in run
+    assert "hm reproduce r1" in run and "toy.html" in run and "twice" in run
 
-    [row] = read_ledger(lake)
+    [row] = read_runs(lake)
     assert row == entry and len(row.git_commit) >= 7
     manifest = json.loads(lake.path("runs", "r1", "toy.json").read_text())
-    assert manifest["key"] == entry.key and manifest["parameters"]["rate"] == 0.7
+    assert manifest["cache_key"] == entry.cache_key and manifest["parameters"]["rate"] == 0.7
     assert list(lake.path("runs").rglob("*.part")) == []
 
 
@@ -67,7 +67,7 @@ ENDS = {
 def test_the_state_is_that_of_the_process(tmp_path, lake: Lake, end):
     body, state, cause = ENDS[end]
     [entry] = run_toys(lake, job(toy(tmp_path, body), "r1"))
-    assert (entry.state, read_ledger(lake)[0].state) == (state, state)
+    assert (entry.state, read_runs(lake)[0].state) == (state, state)
     assert cause in entry.error
     first = nbformat.read(lake.path(entry.notebook), as_version=4).cells[0].source
     assert f"did not succeed: {state}" in first and cause in first
@@ -108,10 +108,10 @@ def test_a_full_disk_is_recorded_and_the_next_run_succeeds(tmp_path, small_disk)
     fill = f"import os\nwith open('{small_disk}/fill', 'wb') as f:\n    f.write(bytes(50_000_000))"
     [entry] = run_toys(lake, job(toy(tmp_path, fill), "r1"))
     assert entry.state == "failed" and "No space left on device" in entry.error
-    assert read_ledger(lake)[0].state == "failed" and lake.path(entry.notebook).is_file()
+    assert read_runs(lake)[0].state == "failed" and lake.path(entry.notebook).is_file()
     (small_disk / "fill").unlink()
     [entry] = run_toys(lake, job(toy(tmp_path), "r2"))
-    assert entry.state == "succeeded" and lake.path("runs", "ballast").is_file()
+    assert entry.state == "succeeded" and lake.path("runs", "reserve").is_file()
 
 
 def test_retries_only_where_declared(tmp_path, lake: Lake):
@@ -123,7 +123,7 @@ def test_retries_only_where_declared(tmp_path, lake: Lake):
     mark.unlink()
     [entry] = run_toys(lake, job(toy(tmp_path, body + MANIFEST, retries=1), "r2"))
     assert (entry.state, entry.attempt) == ("succeeded", 2)
-    assert [(e.run_id, e.state) for e in read_ledger(lake)] == [
+    assert [(e.run_id, e.state) for e in read_runs(lake)] == [
         ("r1", "failed"),
         ("r2", "succeeded"),
     ]
@@ -140,17 +140,17 @@ def test_a_named_run_goes_on(tmp_path, lake: Lake):
     note = lake.path("runs", "night-1", "run.json").read_text()
     for state in ("failed", "succeeded"):
         assert [e.state for e in run_toys(lake, job(second, "night-1"))] == [state]
-    assert [(e.run_id, e.stage, e.state) for e in read_ledger(lake)] == [
+    assert [(e.run_id, e.stage, e.state) for e in read_runs(lake)] == [
         ("night-1", "first", "succeeded"),
         ("night-1", "second", "succeeded"),
     ]
     page = lake.path("reports", "night-1", "index.html").read_text()
     assert "first.html" in page and "second.html" in page
     assert lake.path("runs", "night-1", "run.json").read_text() == note
-    assert named_run("night-1") == "night-1"
+    assert validate_run_id("night-1") == "night-1"
     for name in ("../up", "Night", "", "a" * 64, "-x"):
         with pytest.raises(ValueError, match="expected small letters"):
-            named_run(name)
+            validate_run_id(name)
 
 
 def test_independent_stages_run_side_by_side_and_failures_stop_only_what_follows(tmp_path, lake):
@@ -171,22 +171,22 @@ def test_independent_stages_run_side_by_side_and_failures_stop_only_what_follows
     assert entries["one"].state == entries["two"].state == "succeeded"
     assert entries["bad"].state == "failed" and not {"after", "last"} & entries.keys()
     with pytest.raises(StageError, match=r"'bad' failed: ZeroDivisionError[\s\S]*bad\.ipynb"):
-        run_jobs(lake, [job(bad, "r2")], Board(Console(), quiet=True), library_hooks())
+        run_jobs(lake, [job(bad, "r2")], RunDisplay(Console(), quiet=True), get_library_hooks())
 
 
 def test_what_has_not_changed_is_not_run_again(tmp_path, lake: Lake):
     stage = toy(tmp_path)
     assert [e.state for e in run_toys(lake, job(stage, "r1"))] == ["succeeded"]
     [again] = run_toys(lake, job(stage, "r2"))
-    assert again.state == "reused" and "r1" in again.error
-    assert len(read_ledger(lake)) == 1  # a run in which nothing ran leaves nothing
+    assert again.state == "cached" and "r1" in again.error
+    assert len(read_runs(lake)) == 1  # a run in which nothing ran leaves nothing
     assert [e.state for e in run_toys(lake, job(stage, "r3"), force=True)] == ["succeeded"]
 
     def why(stage, **given):
         todo = job(stage, **given)
-        values, entries = todo.parameters.values, read_ledger(lake)
+        values, entries = todo.parameters.values, read_runs(lake)
         return decide(
-            read_vouched(lake), stage, values, entries, library_hooks().fingerprint
+            read_published(lake), stage, values, entries, get_library_hooks().fingerprint
         ).reason
 
     assert why(stage) == "unchanged"
@@ -195,7 +195,7 @@ def test_what_has_not_changed_is_not_run_again(tmp_path, lake: Lake):
     (tmp_path / "more").mkdir()
     more = toy(tmp_path / "more", MANIFEST + "# more")
     assert why(more) == "notebook changed"
-    enter(lake, Entry("r9", "new", {}, "abc", "killed"))
+    record(lake, StageRun("r9", "new", {}, "abc", "killed"))
     assert why(toy(tmp_path, name="new")) == "its last run was killed"
 
 
@@ -213,23 +213,23 @@ def test_sources_and_tables_belong_to_what_must_not_change(tmp_path, lake: Lake)
     body += "write_manifest(here, run_id, 'ingestion', {}, {'raw/x': version}, {}, seen)"
     stage = toy(tmp_path, body, name="ingestion")
     states = lambda: [e.state for e in run_toys(lake, job(stage))]  # noqa: E731
-    assert (states(), states()) == (["succeeded"], ["reused"])
+    assert (states(), states()) == (["succeeded"], ["cached"])
     (data / "a.csv").write_text("2 is more")
-    assert (states(), states()) == (["succeeded"], ["reused"])
+    assert (states(), states()) == (["succeeded"], ["cached"])
     other = job(stage, rate="0.9")  # writes the same table, so the first run's is not there now
     assert [e.state for e in run_toys(lake, other)] == ["succeeded"]
     assert states() == ["succeeded"]
 
 
 def test_the_key_follows_the_library_that_a_notebook_imports(tmp_path, monkeypatch):
-    key = key_of(toy(tmp_path), {"rate": 1, "lake": "x", "run_id": "y"})
+    key = compute_cache_key(toy(tmp_path), {"rate": 1, "lake": "x", "run_id": "y"})
     assert {"hm_reco.lake.storage", "hm_reco.lake.settings"} <= key["library"].keys()
     assert key["parameters"] == {"rate": 1} and "hm_reco.ranking.ranker" not in key["library"]
     magic = (
         "!ls\nfrom hm_reco.ranking.ranker import train\nfrom hm_reco.stages.demo import demo_lake"
     )
     (tmp_path / "magic").mkdir()
-    key = key_of(toy(tmp_path / "magic", magic), {})
+    key = compute_cache_key(toy(tmp_path / "magic", magic), {})
     assert "hm_reco.ranking.ranker" in key["library"] and "hm_reco.lake.storage" in key["library"]
     assert not any(name.startswith("hm_reco.stages") for name in key["library"])
 
@@ -239,66 +239,66 @@ def test_the_board_tells_on_a_terminal_and_in_a_log(tmp_path, lake: Lake):
     body = "from hm_reco.lake.progress import track\nimport time\n"
     body += "for i in track(range(3), 'weeks'):\n    time.sleep(1.1)\nprint('milk')\n"
     stage = toy(tmp_path, body + MANIFEST)
-    run_jobs(lake, [job(stage, "r1")], Board(log, verbose=True), library_hooks())
+    run_jobs(lake, [job(stage, "r1")], RunDisplay(log, verbose=True), get_library_hooks())
     text = log.export_text()
     assert "toy         started: it never ran here" in text and "toy | milk" in text
     assert "toy         succeeded" in text and "weeks: 2 of 3" in text
     assert "\r" not in text
 
     terminal = Console(record=True, file=open(os.devnull, "w"), width=120, force_terminal=True)  # noqa: SIM115, PTH123
-    board = Board(terminal)
+    board = RunDisplay(terminal)
     seen: list[str] = []
-    tick = board.tick
+    tick = board.refresh
 
     def look() -> None:
         tick()
         with terminal.capture() as capture:
-            terminal.print(board._table())
+            terminal.print(board._build_table())
         seen.append(capture.get())
 
-    board.tick = look  # type: ignore[method-assign]
-    run_jobs(lake, [job(stage, "r2")], board, library_hooks(), force=True)
+    board.refresh = look  # type: ignore[method-assign]
+    run_jobs(lake, [job(stage, "r2")], board, get_library_hooks(), force=True)
     assert any("cell 6/7" in s and "Run" in s and "weeks: " in s for s in seen), seen[-1]
     quiet = Console(record=True, file=open(os.devnull, "w"))  # noqa: SIM115, PTH123
-    run_jobs(lake, [job(stage, "r3")], Board(quiet, quiet=True), library_hooks())
+    run_jobs(lake, [job(stage, "r3")], RunDisplay(quiet, quiet=True), get_library_hooks())
     assert quiet.export_text() == ""
 
 
 def test_the_ledger_shows_the_last_state(lake: Lake):
-    assert read_ledger(lake) == []
-    entry = Entry("r1", "toy", {"a": 1}, "abc")
-    enter(lake, entry)
-    assert read_ledger(lake) == [entry]
+    assert read_runs(lake) == []
+    entry = StageRun("r1", "toy", {"a": 1}, "abc")
+    record(lake, entry)
+    assert read_runs(lake) == [entry]
     entry.state, entry.attempt = "failed", 2
     time.sleep(0.01)
-    enter(lake, entry)
-    assert [(e.state, e.parameters) for e in read_ledger(lake)] == [("failed", {"a": 1})]
+    record(lake, entry)
+    assert [(e.state, e.parameters) for e in read_runs(lake)] == [("failed", {"a": 1})]
 
 
 def test_a_repetition_takes_the_recorded_commit_where_the_checkout_differs(capsys):
-    root = project_root()
+    root = find_project_root()
     command = ["git", "-C", str(root), "rev-parse", "HEAD"]
     head = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     if not head:
         pytest.skip("needs a git checkout")
-    board = Board(Console(width=200))
-    key = key_of(load_pipeline()["eda"], {})
-    with code_of([Entry("r1", "eda", {}, head, key=key)], board) as folder:
+    board = RunDisplay(Console(width=200))
+    key = compute_cache_key(load_pipeline()["eda"], {})
+    with checkout_code([StageRun("r1", "eda", {}, head, cache_key=key)], board) as folder:
         assert folder == root
-    changed = Entry("r1", "eda", {}, f"{head}+changes", key=key | {"notebook": "another"})
-    with code_of([changed], board) as folder:
+    changed = StageRun("r1", "eda", {}, f"{head}+changes", cache_key=key | {"notebook": "another"})
+    with checkout_code([changed], board) as folder:
         assert folder != root and (folder / "nbs" / "stages" / "30_eda.ipynb").is_file()
-    unknown = Entry("r1", "eda", {}, "0" * 40, key={})
-    with code_of([unknown], board) as folder:
+    unknown = StageRun("r1", "eda", {}, "0" * 40, cache_key={})
+    with checkout_code([unknown], board) as folder:
         assert folder == root
     said = capsys.readouterr().out
-    assert f"repeating with commit {head}; it had uncommitted changes" in said
-    assert f"no commit {'0' * 40} here; repeating with the present code" in said
+    assert f"reproducing with commit {head}; it had uncommitted changes" in said
+    assert f"no commit {'0' * 40} here; reproducing with the present code" in said
 
 
 def test_the_commit_is_known_from_the_image_and_unknown_without_git(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("GIT_SHA", raising=False)
-    assert git_commit(tmp_path) == "unknown"
+    assert get_git_commit(tmp_path) == "unknown"
     monkeypatch.setenv("GIT_SHA", "0123abc")
-    assert git_commit(tmp_path) == "0123abc"
+    assert get_git_commit(tmp_path) == "0123abc"

@@ -1,4 +1,4 @@
-"""The sample world is calibrated: baselines score on it about what they score on H&M's data."""
+"""The synthetic data set is calibrated: baselines score on it about what they score on H&M's data."""
 
 from datetime import timedelta
 
@@ -6,22 +6,29 @@ import numpy as np
 import polars as pl
 import pytest
 
-from hm_reco.data.history import sample_history
-from hm_reco.data.synthetic import customer_file, customer_ids, make_world, write_sample
+from hm_reco.data.history import generate_history
+from hm_reco.data.synthetic import (
+    build_customer_ids,
+    build_customers,
+    generate_shop,
+    write_synthetic,
+)
 from hm_reco.ranking.baselines import BASELINES
-from hm_reco.ranking.features import open_week
+from hm_reco.ranking.features import build_week
 from hm_reco.ranking.metrics import average_precision
 
 
 @pytest.fixture(scope="module")
 def baselines() -> dict[str, float]:
     """MAP@12 of two baselines over the last four weeks of the default world."""
-    shop = sample_history(20_000)
-    weeks = [open_week(shop, shop.day - timedelta(days=7 * back)) for back in range(1, 5)]
+    shop = generate_history(20_000)
+    weeks = [build_week(shop, shop.day - timedelta(days=7 * back)) for back in range(1, 5)]
     return {
         name: np.concatenate(
             [
-                average_precision(BASELINES[name](w.known, w.own, w.who, 12), w.sold)["ap"]
+                average_precision(
+                    BASELINES[name](w.aggregates, w.purchases, w.buyers, 12), w.ground_truth
+                )["ap"]
                 for w in weeks
             ]
         ).mean()
@@ -39,14 +46,14 @@ def test_decayed_history_scores_as_on_real_data(baselines):
 
 def test_the_world_is_the_same_for_the_same_seed(tmp_path):
     for name in "ab":
-        write_sample(tmp_path / name, 200, seed=5)
+        write_synthetic(tmp_path / name, 200, seed=5)
     for file in ("articles.csv", "customers.csv", "transactions_train.csv"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
 def test_gaps_are_where_the_real_file_has_them():
-    world = make_world(5_000, 1)
-    frame = customer_file(world.ages, customer_ids(5_000, 1), 1)
+    world = generate_shop(5_000, 1)
+    frame = build_customers(world.ages, build_customer_ids(5_000, 1), 1)
     share = frame.null_count().row(0, named=True)
     assert 0.6 < share["FN"] / 5_000 < 0.7 and 0.6 < share["Active"] / 5_000 < 0.7
     assert 0.005 < share["age"] / 5_000 < 0.02
@@ -55,10 +62,10 @@ def test_gaps_are_where_the_real_file_has_them():
 
 def test_a_world_needs_a_customer(tmp_path):
     with pytest.raises(ValueError, match="customers: expected 1 or more, found 0"):
-        write_sample(tmp_path, 0)
+        write_synthetic(tmp_path, 0)
 
 
 @pytest.mark.parametrize("customers", [1, 2, 30])
 def test_the_smallest_worlds_can_be_made(tmp_path, customers):
-    rows = write_sample(tmp_path, customers)
+    rows = write_synthetic(tmp_path, customers)
     assert pl.read_csv(tmp_path / "customers.csv").height == rows["customers"] == customers

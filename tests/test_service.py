@@ -25,28 +25,28 @@ import pytest
 from fastapi.testclient import TestClient
 
 from hm_reco.api.app import create_app
-from hm_reco.api.middleware import MAX_BODY
+from hm_reco.api.middleware import MAX_BODY_BYTES
 from hm_reco.api.schemas import EXAMPLE, PredictResponse, SimilarResponse
-from hm_reco.api.shadow import SHADOW, Aside, challenger
+from hm_reco.api.shadow import SHADOW, BoundedExecutor, find_challenger
 from hm_reco.data.history import load_history
 from hm_reco.data.sources import Source
 from hm_reco.lake.settings import ServiceSettings
-from hm_reco.lake.storage import Lake, open_lake, put_file
+from hm_reco.lake.storage import Lake, open_lake, write_file
 from hm_reco.lake.tables import scan
 from hm_reco.registry.bundle import load_bundle, save_bundle
 from hm_reco.registry.registry import (
     NoModelError,
-    champion,
-    enter_model,
+    get_champion,
+    load_scores,
     promote,
-    put_scores,
     read_models,
-    read_scores,
+    register_model,
     rollback,
+    save_scores,
 )
-from hm_reco.serving.recommend import predict_all, with_ids, with_lists
+from hm_reco.serving.recommend import predict_all, to_external_ids, with_precomputed
 from hm_reco.stages.demo import demo_lake
-from hm_reco.stages.inference import portraits
+from hm_reco.stages.inference import select_example_customers
 from hm_reco.stages.ingestion import ingest
 from tests.conftest import BUCKET, free_port, moto_server, s3_settings, until, wait_for
 
@@ -59,13 +59,13 @@ def client(trained_lake: Lake):
 
 @pytest.fixture(scope="module")
 def loyal(trained_lake: Lake) -> str:
-    return portraits(load_history(trained_lake))["loyal"]
+    return select_example_customers(load_history(trained_lake))["loyal"]
 
 
 def test_health_tells_the_model(client, trained_lake):
     health = client.get("/healthz").json()
-    assert health["status"] == "ok" and health["model_version"] == champion(trained_lake)
-    assert health["as_of"] == "2020-09-23" and health["loaded_since"]
+    assert health["status"] == "ok" and health["model_version"] == get_champion(trained_lake)
+    assert health["as_of"] == "2020-09-23" and health["loaded_at"]
 
 
 def test_known_and_unknown_customers_are_answered(client, loyal):
@@ -121,7 +121,7 @@ def test_a_malformed_request_is_told_what_is_wrong(client, body, where):
 
 def test_no_json_and_too_much_of_it(client):
     assert client.post("/predict", content=b"{not json").status_code == 422
-    assert client.post("/predict", content=b"[" * (MAX_BODY + 1)).status_code == 413
+    assert client.post("/predict", content=b"[" * (MAX_BODY_BYTES + 1)).status_code == 413
 
 
 def test_without_a_model_the_service_says_so(lake):
@@ -234,7 +234,7 @@ def test_answers_go_on_while_s3_is_away(trained_lake, tmp_path):
         boto3.client("s3").create_bucket(Bucket=BUCKET)
         lake = open_lake(f"s3://{BUCKET}/away")
         lake.path().upload_from(Path(trained_lake.root))
-        settings = ServiceSettings(refresh=0.1, feedback=60)
+        settings = ServiceSettings(registry_poll_seconds=0.1, feedback_flush_seconds=60)
         with TestClient(create_app(lake, settings)) as client:
             body = EXAMPLE | {"k": 30}
             before = client.post("/predict", json=body).json()["recommendations"]
@@ -253,10 +253,10 @@ def test_scores_are_json_numbers(client):
 
 def test_reports_are_offered_and_nothing_else(tmp_path: Path):
     lake = open_lake(tmp_path)  # one of its own: other tests look at the reports of theirs
-    put_file(lake.path("reports", "index.html"), "<p>all runs")
-    put_file(lake.path("reports", "r1", "eda.html"), "<p>a report")
-    put_file(lake.path("runs", "r1", "eda.ipynb"), "{}")
-    put_file(lake.path("runs", "r1", "secret.txt"), "no")
+    write_file(lake.path("reports", "index.html"), "<p>all runs")
+    write_file(lake.path("reports", "r1", "eda.html"), "<p>a report")
+    write_file(lake.path("runs", "r1", "eda.ipynb"), "{}")
+    write_file(lake.path("runs", "r1", "secret.txt"), "no")
     with TestClient(create_app(lake)) as client:
         for path in ("/reports/", "/reports", "/reports/index.html"):
             assert client.get(path).text == "<p>all runs"
@@ -277,14 +277,14 @@ def test_reports_are_offered_and_nothing_else(tmp_path: Path):
 
 def test_a_thousand_customers_are_answered_as_in_the_batch(client, trained_lake):
     service = client.app.state.service
-    now, history = service.switch.now, load_history(trained_lake)
+    now, history = service.model_manager.current, load_history(trained_lake)
     lists = predict_all(now.recommender)
-    batch = with_ids(history, lists).collect()
+    batch = to_external_ids(history, lists).collect()
     ids = history.customers["customer_id"].sort().to_list()[:1_000]
-    ready = replace(now, recommender=with_lists(now.recommender, lists))
+    ready = replace(now, recommender=with_precomputed(now.recommender, lists))
     wanted = batch.filter(pl.col("customer_id").is_in(ids)).sort("customer_id", "rank")
     try:
-        for service.switch.now in (now, ready):
+        for service.model_manager.current in (now, ready):
             rows = []
             for first in range(0, len(ids), 100):
                 body = {"customer_ids": ids[first : first + 100]}
@@ -296,20 +296,20 @@ def test_a_thousand_customers_are_answered_as_in_the_batch(client, trained_lake)
             online = pl.DataFrame(rows, batch.schema, orient="row").sort("customer_id", "rank")
             assert online.equals(wanted)
     finally:
-        service.switch.now = now
+        service.model_manager.current = now
 
 
 def test_filters_hold_and_say_when_little_is_left(client, loyal):
     body = {"customer_ids": [loyal, "a-stranger"], "k": 100, "filters": {"colours": ["black"]}}
     answer = client.post("/predict", json=body).json()
-    catalogue = client.app.state.service.switch.now.catalogue.shown
+    catalogue = client.app.state.service.model_manager.current.catalogue.articles
     colours = dict(catalogue.select("article_id", "colour").rows())
     for part in answer["recommendations"]:
         assert {colours[article["article_id"]] for article in part["articles"]} == {"Black"}
-        assert len(part["articles"]) + part["short_by"] == 100
-    narrow = body | {"filters": {"colours": ["black"], "price": {"least": 1e6}}}
+        assert len(part["articles"]) + part["shortfall"] == 100
+    narrow = body | {"filters": {"colours": ["black"], "price": {"min": 1e6}}}
     nothing = client.post("/predict", json=narrow).json()["recommendations"][0]
-    assert nothing["articles"] == [] and nothing["short_by"] == 100
+    assert nothing["articles"] == [] and nothing["shortfall"] == 100
     wrong = client.post("/predict", json=body | {"filters": {"colours": ["blakc"]}})
     assert wrong.status_code == 422 and wrong.json()["errors"][0]["field"] == "filters.colours"
     assert "black" in wrong.json()["detail"]
@@ -334,17 +334,17 @@ def test_what_she_bought_and_what_is_excluded_stays_out(client, loyal, trained_l
 
 def test_what_is_sold_out_is_never_shown(client, loyal):
     service = client.app.state.service
-    now = service.switch.now
+    now = service.model_manager.current
     body = {"customer_ids": [loyal, "a-stranger"]}
     first = client.post("/predict", json=body).json()["recommendations"][0]["articles"][0]
     stock = now.catalogue.stock.copy()
-    stock[now.catalogue.shown["article_id"].to_list().index(first["article_id"])] = 0
+    stock[now.catalogue.articles["article_id"].to_list().index(first["article_id"])] = 0
     try:
-        service.switch.now = replace(now, catalogue=replace(now.catalogue, stock=stock))
+        service.model_manager.current = replace(now, catalogue=replace(now.catalogue, stock=stock))
         text = client.post("/predict", json=body).text
         assert first["article_id"] not in text
     finally:
-        service.switch.now = now
+        service.model_manager.current = now
 
 
 def test_reasons_name_sources_features_and_a_purchase(client, loyal):
@@ -352,8 +352,8 @@ def test_reasons_name_sources_features_and_a_purchase(client, loyal):
     answer = client.post("/predict", json=body)
     PredictResponse.model_validate_json(answer.text)
     known, stranger = answer.json()["recommendations"]
-    assert any(article["reasons"]["because"] for article in known["articles"])
-    assert all(article["reasons"]["because"] is None for article in stranger["articles"])
+    assert any(article["reasons"]["evidence"] for article in known["articles"])
+    assert all(article["reasons"]["evidence"] is None for article in stranger["articles"])
     for article in known["articles"]:
         assert article["source"] in article["reasons"]["sources"]
     many = client.post(
@@ -373,9 +373,9 @@ def test_similar_articles(client):
 
 def test_the_model_tells_what_it_is(client, trained_lake):
     card = client.get("/model").json()
-    assert card["model_version"] == champion(trained_lake) and card["map12"][card["method"]] > 0
+    assert card["model_version"] == get_champion(trained_lake) and card["map12"][card["method"]] > 0
     ready = client.get("/readyz").json()
-    assert ready["status"] == "ok" and ready["age_days"] > 1_000 and ready["refused"] is None
+    assert ready["status"] == "ok" and ready["age_days"] > 1_000 and ready["load_error"] is None
 
 
 def test_every_answer_carries_the_request_id_and_security_headers(client):
@@ -400,7 +400,7 @@ def test_metrics_count_answers_sources_and_cold_customers(trained_lake):
         'hm_requests_total{route="/predict",status="422"} 1.0',
         'hm_customers_total{cold="yes"} 3.0',
         "hm_model_switches_total 1.0",
-        "hm_model_refused 0.0",
+        "hm_model_load_failed 0.0",
     ):
         assert line in text
     assert 'hm_model_info{method="ranker",state="' in text or "hm_model_info{" in text
@@ -437,12 +437,12 @@ def test_deep_and_large_bodies_are_refused_before_they_are_parsed(client):
         "/predict", content=b'{"customer_ids": ' + b"[" * 1_000 + b"]" * 1_000 + b"}"
     )
     assert deep.status_code == 400 and "nested" in deep.json()["detail"]
-    large = client.post("/predict", content=b" " * (MAX_BODY + 1))
+    large = client.post("/predict", content=b" " * (MAX_BODY_BYTES + 1))
     assert large.status_code == 413 and large.json()["status"] == 413
 
 
 def test_a_full_queue_and_a_slow_answer_are_told(trained_lake, monkeypatch):
-    settings = ServiceSettings(queue=1, time_limit=0.3)
+    settings = ServiceSettings(max_queue=1, request_timeout=0.3)
     free = threading.Event()
     monkeypatch.setattr("hm_reco.api.app.respond", lambda *asked: free.wait(20))
     body = EXAMPLE | {"k": 50}  # more than was computed before
@@ -469,14 +469,14 @@ def two_models(trained_lake: Lake, tmp_path: Path) -> tuple[Lake, str, str]:
     """A lake with a champion, and a candidate that a year's change of mind made."""
     shutil.copytree(trained_lake.root, tmp_path / "lake")
     lake = open_lake(str(tmp_path / "lake"))
-    now = champion(lake)
+    now = get_champion(lake)
     bundle = load_bundle(lake, now)
     other = replace(bundle, version="other", method="popular, 28 days", booster=None, tower=None)
     save_bundle(lake, other)
-    put_scores(lake, "other", read_scores(lake, now))
+    save_scores(lake, "other", load_scores(lake, now))
     made = next(model for model in read_models(lake) if model.version == now)
     newer = {"event": "candidate", "method": other.method, "created": datetime.now(UTC)}
-    enter_model(lake, replace(made, version="other", **newer))
+    register_model(lake, replace(made, version="other", **newer))
     return lake, now, "other"
 
 
@@ -497,7 +497,7 @@ def test_ten_switches_under_load_lose_and_mix_nothing(two_models):
     body = {"customer_ids": ids, "k": 20}
     stop, lists = threading.Event(), {}
     with (
-        TestClient(create_app(lake, ServiceSettings(refresh=0.05))) as client,
+        TestClient(create_app(lake, ServiceSettings(registry_poll_seconds=0.05))) as client,
         ThreadPoolExecutor(3) as pool,
     ):
         service = client.app.state.service
@@ -505,7 +505,7 @@ def test_ten_switches_under_load_lose_and_mix_nothing(two_models):
         for turn in range(10):
             promote(lake, other, force=True) if turn % 2 == 0 else rollback(lake)
             wanted = (other, one)[turn % 2]
-            until(lambda name=wanted: service.switch.now.key[0] == name)
+            until(lambda name=wanted: service.model_manager.current.key[0] == name)
             time.sleep(0.1)
             alone = client.post("/predict", json=body).json()
             assert alone["model_version"] == wanted, f"switch {turn}"
@@ -523,14 +523,14 @@ def test_ten_switches_under_load_lose_and_mix_nothing(two_models):
 def test_a_challenger_answers_aside(two_models, monkeypatch):
     lake, one, other = two_models
     ids = scan(lake, "processed/customers").head(2).collect()["customer_id"].to_list()
-    settings = ServiceSettings(shadow_share=1, refresh=60, feedback=60)
+    settings = ServiceSettings(shadow_share=1, registry_poll_seconds=60, feedback_flush_seconds=60)
     with TestClient(create_app(lake, settings)) as client:
         given = client.post("/predict", json={"customer_ids": ids}).json()
         client.post("/predict", json={"customer_ids": ["a-stranger"], "k": 3})
-        client.app.state.service.shadow.aside.pool.submit(int).result()  # after the two
+        client.app.state.service.shadow.executor.pool.submit(int).result()  # after the two
         monkeypatch.setattr("hm_reco.api.shadow.respond", lambda *asked: 1 / 0)
         assert client.post("/predict", json={"customer_ids": ids}).status_code == 200
-        client.app.state.service.shadow.aside.pool.shutdown()
+        client.app.state.service.shadow.executor.pool.shutdown()
         text = client.get("/metrics").text
     assert given["model_version"] == one
     assert f'hm_shadow_info{{state="",version="{other}"}} 1.0' in text
@@ -538,8 +538,8 @@ def test_a_challenger_answers_aside(two_models, monkeypatch):
     assert 'hm_shadow_requests_total{outcome="failed"} 1.0' in text
     rows = scan(lake, SHADOW).collect()
     assert rows["challenger"].unique().to_list() == [other]
-    assert [len(shown) for shown in rows["shown"]] == [12, 12, 3]
-    assert rows["shown"][0].to_list() == [
+    assert [len(shown) for shown in rows["champion_articles"]] == [12, 12, 3]
+    assert rows["champion_articles"][0].to_list() == [
         article["article_id"] for article in given["recommendations"][0]["articles"]
     ]
     assert not any(id_ in str(rows.to_dicts()) for id_ in ids)
@@ -556,23 +556,23 @@ def test_a_challenger_that_is_behind_is_passed_over(two_models, monkeypatch):
         codes = {client.post("/predict", json=EXAMPLE).status_code for _ in range(5)}
         text = client.get("/metrics").text
         free.set()
-    assert codes == {200} and 'hm_shadow_requests_total{outcome="passed over"} 3.0' in text
+    assert codes == {200} and 'hm_shadow_requests_total{outcome="dropped"} 3.0' in text
 
 
 def test_a_comparison_that_fails_makes_room():
-    aside = Aside(1)
-    assert aside.take(lambda: 1 / 0)
-    until(lambda: aside.take(lambda: None))
+    aside = BoundedExecutor(1)
+    assert aside.submit(lambda: 1 / 0)
+    until(lambda: aside.submit(lambda: None))
     aside.pool.shutdown()
 
 
 def test_who_may_be_the_challenger(two_models):
     lake, one, other = two_models
-    assert challenger(lake) == (other, "")
-    assert challenger(lake, one)[0] == one
+    assert find_challenger(lake) == (other, "")
+    assert find_challenger(lake, one)[0] == one
     promote(lake, other, force=True)
     with pytest.raises(NoModelError, match="no candidate"):
-        challenger(lake)
+        find_challenger(lake)
 
 
 def event(kind: str, **more: object) -> dict[str, object]:
@@ -581,18 +581,18 @@ def event(kind: str, **more: object) -> dict[str, object]:
 
 def test_feedback_is_in_the_lake_after_a_clean_stop(lake):
     with TestClient(create_app(lake)) as client:
-        body = {"events": [event("shown"), event("bought", price=0.02, channel="store")]}
+        body = {"events": [event("impression"), event("purchase", price=0.02, channel="store")]}
         assert client.post("/feedback", json=body).json()["accepted"] == 2
         for wrong, where in (
             ({"events": []}, "events"),
-            ({"events": [event("bought")]}, "events.0"),
-            ({"events": [event("shown", at="2999-01-01T00:00:00Z")]}, "events.0"),
+            ({"events": [event("purchase")]}, "events.0"),
+            ({"events": [event("impression", at="2999-01-01T00:00:00Z")]}, "events.0"),
             ({"events": [event("stolen")]}, "events.0.kind"),
         ):
             answer = client.post("/feedback", json=wrong)
             assert answer.status_code == 422 and answer.json()["errors"][0]["field"] == where
-    assert scan(lake, "feedback/events").collect()["kind"].to_list() == ["shown", "bought"]
-    bought = scan(lake, "feedback/bought").collect()
+    assert scan(lake, "feedback/events").collect()["kind"].to_list() == ["impression", "purchase"]
+    bought = scan(lake, "feedback/purchases").collect()
     assert bought.select("article_id", "price", "sales_channel_id").row(0) == (
         "0108775015",
         0.02,
@@ -611,12 +611,12 @@ def test_what_was_bought_is_a_source_of_the_next_ingestion():
     with TestClient(create_app(lake)) as client:
         body = {
             "events": [
-                event("bought", price=0.02) | {"customer_id": customer, "article_id": article}
+                event("purchase", price=0.02) | {"customer_id": customer, "article_id": article}
             ]
         }
         assert client.post("/feedback", json=body).status_code == 200
-    told = Source(place=f"{lake.root}/feedback/bought", table="transactions")
-    ingest(lake, [Source(place=str(source)), told])
+    told = Source(uri=f"{lake.root}/feedback/purchases", table="transactions")
+    ingest(lake, [Source(uri=str(source)), told])
     after = scan(lake, "raw/transactions").collect()
     assert after.height == before.height + 1
 

@@ -22,11 +22,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from hm_reco.data.contracts import columns_of
-from hm_reco.data.ingest_log import newest, read_loads
-from hm_reco.data.sources import Source, declare, fingerprint
+from hm_reco.data.contracts import get_columns
+from hm_reco.data.ingest_log import read_loads, scan_latest_rows
+from hm_reco.data.sources import Source, fingerprint, parse_sources
 from hm_reco.lake.storage import Lake, open_lake
-from hm_reco.lake.tables import scan, table_version, write
+from hm_reco.lake.tables import get_table_version, scan, write
 from hm_reco.stages.ingestion import ingest
 
 TABLES = {"articles": "articles", "customers": "customers", "transactions": "transactions_train"}
@@ -34,7 +34,7 @@ TABLES = {"articles": "articles", "customers": "customers", "transactions": "tra
 
 @pytest.fixture(scope="module")
 def frames(sample: Path) -> dict[str, pl.DataFrame]:
-    """The sample world's tables, as text."""
+    """The synthetic data set's tables, as text."""
     return {
         table: pl.read_csv(sample / f"{name}.csv", infer_schema=False)
         for table, name in TABLES.items()
@@ -48,7 +48,7 @@ def files(sample: Path, tmp_path: Path) -> Path:
 
 def raw(lake: Lake, table: str) -> pl.DataFrame:
     """What lies in the lake, without the marks of its loads, in one order."""
-    columns = columns_of(table)
+    columns = get_columns(table)
     return scan(lake, f"raw/{table}").select(columns).sort(columns).collect()
 
 
@@ -112,23 +112,23 @@ def test_sources_of_all_kinds_are_mixed(lake, frames, expected, tmp_path, s3):
     events = parts[3].with_columns(t_dat=pl.col("t_dat") + "T18:30:00Z").rename({"price": "paid"})
     events.write_ndjson(tmp_path / "events.jsonl")
     write(open_lake(s3), "shop/rest", parts[4])
-    sources = declare(
+    sources = parse_sources(
         [
-            {"place": f"{tmp_path}/shop/catalogue", "table": "articles"},
+            {"uri": f"{tmp_path}/shop/catalogue", "table": "articles"},
             {
                 "name": "crm",
-                "place": f"sqlite:///{tmp_path}/crm.db",
+                "uri": f"sqlite:///{tmp_path}/crm.db",
                 "queries": {"customers": "SELECT * FROM people"},
                 "columns": {"id": "customer_id"},
             },
-            {"place": f"{tmp_path}/drop"},
-            {"place": f"{s3}/in"},
+            {"uri": f"{tmp_path}/drop"},
+            {"uri": f"{s3}/in"},
             {
-                "place": f"{tmp_path}/events.jsonl",
+                "uri": f"{tmp_path}/events.jsonl",
                 "table": "transactions",
                 "columns": {"paid": "price"},
             },
-            {"place": f"{s3}/shop/rest", "table": "transactions"},
+            {"uri": f"{s3}/shop/rest", "table": "transactions"},
         ]
     )
     ingest(lake, sources)
@@ -186,7 +186,7 @@ def test_a_postgresql_database_is_a_source(lake, frames, expected, postgres, mon
                 stream.write(frame.write_csv())
     engine.dispose()
     shop = Source(
-        place=postgres,
+        uri=postgres,
         secret="SHOP_PASSWORD",
     )
     with pytest.raises(ValueError, match="environment variable SHOP_PASSWORD"):
@@ -245,7 +245,7 @@ def https(files: Path, tmp_path: Path, monkeypatch):
 
 def test_downloads_are_sources(lake, expected, https, monkeypatch):
     url, handler = https
-    sources = [Source(place=f"{url}/{name}.csv", secret="SHOP_TOKEN") for name in TABLES.values()]
+    sources = [Source(uri=f"{url}/{name}.csv", secret="SHOP_TOKEN") for name in TABLES.values()]
     monkeypatch.setenv("SHOP_TOKEN", "guess")
     with pytest.raises(ValueError, match=r"articles\.csv: HTTP Error 401"):
         ingest(lake, sources)
@@ -258,19 +258,19 @@ def test_downloads_are_sources(lake, expected, https, monkeypatch):
 
 
 def states(loads) -> dict[str, str]:
-    return {load.item: load.state for load in loads}
+    return {load.file: load.state for load in loads}
 
 
 def test_the_same_content_twice_adds_nothing(lake, files, expected):
     ingest(lake, str(files))
-    before = table_version(lake, "raw/transactions")
+    before = get_table_version(lake, "raw/transactions")
     for path in files.iterdir():
         os.utime(path, (0, 0))  # another stamp, the same content
     shutil.copy(files / "transactions_train.csv", files / "transactions_copy.csv")
     loads = ingest(lake, str(files))
     assert states(loads)["transactions_copy.csv"] == "copy"
     assert states(loads)["transactions_train.csv"] == "unchanged"
-    assert table_version(lake, "raw/transactions") == before
+    assert get_table_version(lake, "raw/transactions") == before
     assert_whole(lake, expected)
     (files / "transactions_train.csv").write_text(
         (files / "transactions_train.csv").read_text().rpartition("\n2020")[0] + "\n"
@@ -291,21 +291,24 @@ def test_a_file_that_becomes_a_copy_keeps_no_rows(lake, files, expected):
 
 
 def test_a_customer_file_that_was_cut_off_stops_the_load(lake, files):
-    ingest(lake, str(files), max_aside=0.05)
+    ingest(lake, str(files), max_quarantined_share=0.05)
     whole = (files / "customers.csv").read_text().splitlines()
     (files / "customers.csv").write_text("\n".join(whole[:1_000]) + "\n")
     with pytest.raises(ValueError, match=r"gone would set aside \d+ of \d+ purchases, more"):
-        ingest(lake, str(files), max_aside=0.05)
+        ingest(lake, str(files), max_quarantined_share=0.05)
     assert len(read_loads(lake)) == 3
 
 
 def test_other_names_of_columns_are_another_reading(lake, files):
     rows = pl.read_csv(files / "transactions_train.csv", infer_schema=False)
     rows.with_columns(net=pl.lit("0.5")).write_csv(files / "transactions_train.csv")
-    gross = Source(place=str(files))
-    ingest(lake, [gross], accept_new=True)
-    net = Source(place=str(files), columns={"price": "gross", "net": "price"})
-    assert states(ingest(lake, [net], accept_new=True))["transactions_train.csv"] == "replaced"
+    gross = Source(uri=str(files))
+    ingest(lake, [gross], allow_extra_columns=True)
+    net = Source(uri=str(files), columns={"price": "gross", "net": "price"})
+    assert (
+        states(ingest(lake, [net], allow_extra_columns=True))["transactions_train.csv"]
+        == "replaced"
+    )
     assert set(raw(lake, "transactions")["price"]) == {0.5}
 
 
@@ -336,7 +339,7 @@ def test_a_source_that_is_not_declared_any_more_is_withdrawn(lake, files, expect
     more = Path(shutil.copytree(files, tmp_path / "more"))
     extra = pl.read_csv(more / "transactions_train.csv", infer_schema=False).head(10)
     extra.write_csv(more / "transactions_train.csv")
-    both = [Source(place=str(files)), Source(place=str(more), name="more")]
+    both = [Source(uri=str(files)), Source(uri=str(more), name="more")]
     ingest(lake, both)
     assert raw(lake, "transactions").height == expected["transactions"].height + 10
     loads = ingest(lake, both[:1])
@@ -377,8 +380,11 @@ def test_the_newest_row_of_a_customer_counts(lake, files):
     older.write_csv(files / "customers_late.csv")
     ingest(lake, str(files))
     key = customers["customer_id"][0]
-    now = newest(lake, "customers").filter(customer_id=key).collect()
-    assert now["age"].to_list() == [99] and newest(lake, "customers").collect().height == 2_000
+    now = scan_latest_rows(lake, "customers").filter(customer_id=key).collect()
+    assert (
+        now["age"].to_list() == [99]
+        and scan_latest_rows(lake, "customers").collect().height == 2_000
+    )
 
 
 def test_a_failed_load_says_which_file_and_changes_no_other(lake, files, expected):
@@ -394,12 +400,12 @@ def test_only_the_sources_asked_for_are_read(lake, files, tmp_path):
     more = Path(shutil.copytree(files, tmp_path / "more"))
     (more / "articles.csv").unlink()
     (more / "customers.csv").unlink()
-    both = [Source(place=str(files), name="base"), Source(place=str(more), name="more")]
+    both = [Source(uri=str(files), name="base"), Source(uri=str(more), name="more")]
     ingest(lake, both)
-    loads = ingest(lake, both, only=["more"])
+    loads = ingest(lake, both, only_sources=["more"])
     assert {load.source for load in loads} == {"more"}
     with pytest.raises(ValueError, match="no source 'mroe'; declared are base, more"):
-        ingest(lake, both, only=["mroe"])
+        ingest(lake, both, only_sources=["mroe"])
 
 
 def test_a_changed_source_is_remarked(lake, files):
@@ -408,7 +414,7 @@ def test_a_changed_source_is_remarked(lake, files):
     frame.select(reversed(frame.columns)).write_csv(files / "customers.csv")
     articles = pl.read_csv(files / "articles.csv", infer_schema=False)
     articles.with_columns(season=pl.lit("AW")).write_csv(files / "articles.csv")
-    loads = {x.item: x for x in ingest(lake, str(files), accept_new=True)}
+    loads = {x.file: x for x in ingest(lake, str(files), allow_extra_columns=True)}
     assert "columns in another order" in loads["customers.csv"].notes
     assert "season: none → String" in loads["articles.csv"].notes
 
@@ -418,12 +424,12 @@ def test_a_password_in_a_declaration_is_refused_and_not_shown():
     places.append("https://me:hunter2@shop/x.csv")  # pragma: allowlist secret
     for place in places:
         with pytest.raises(ValueError, match="named by `secret`") as err:
-            declare([{"place": place}])
+            parse_sources([{"uri": place}])
         assert "hunter2" not in str(err.value)
     with pytest.raises(ValueError, match="declared twice"):
-        declare([{"place": "x"}, {"place": "x"}])
+        parse_sources([{"uri": "x"}, {"uri": "x"}])
     with pytest.raises(ValueError, match=r"source number 1: .*zone"):
-        declare([{"place": "x", "schedule": "0 5 * * *", "zone": "Europe/Stockhome"}])
+        parse_sources([{"uri": "x", "schedule": "0 5 * * *", "zone": "Europe/Stockhome"}])
 
 
 def test_a_fingerprint_changes_with_an_object(s3):

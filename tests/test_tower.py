@@ -8,57 +8,57 @@ import polars as pl
 import pytest
 import torch
 
-from hm_reco.data.history import as_of, sample_history
+from hm_reco.data.history import as_of, generate_history
 from hm_reco.retrieval import two_tower as towers
-from hm_reco.retrieval.aggregates import learn
-from hm_reco.retrieval.article_index import gather, open_shop, own_purchases
-from hm_reco.retrieval.candidates import propose
+from hm_reco.retrieval.aggregates import compute_aggregates
+from hm_reco.retrieval.article_index import build_customer_arrays, build_index, select_purchases
+from hm_reco.retrieval.candidates import generate_candidates
 from hm_reco.retrieval.two_tower import (
-    Tower,
-    TowerSettings,
-    advance,
+    TwoTower,
+    TwoTowerSettings,
+    build_space,
+    build_vocabulary,
+    fit_until,
     from_bytes,
-    learn_vocabulary,
-    open_space,
     sampled_softmax,
     to_bytes,
 )
 
-SETTINGS = TowerSettings(examples=6_000, batch=256, drawn=256)
+SETTINGS = TwoTowerSettings(max_examples=6_000, batch_size=256, sampled_negatives=256)
 
 
 @pytest.fixture(scope="module")
 def shop():
-    return sample_history(600)
+    return generate_history(600)
 
 
 @pytest.fixture(scope="module")
 def tower(shop):
-    tower = Tower(learn_vocabulary(shop.articles), SETTINGS)
-    advance(tower, shop)
+    tower = TwoTower(build_vocabulary(shop.articles), SETTINGS)
+    fit_until(tower, shop)
     return tower
 
 
 def test_a_run_broken_off_goes_on_from_its_checkpoint(shop, tower, monkeypatch):
-    monkeypatch.setattr(towers, "SAVE_EVERY", 5)
+    monkeypatch.setattr(towers, "CHECKPOINT_STEPS", 5)
     saved: list[bytes] = []
 
-    def save(unfinished: Tower) -> None:
+    def save(unfinished: TwoTower) -> None:
         saved.append(to_bytes(unfinished))
         if len(saved) == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        advance(Tower(learn_vocabulary(shop.articles), SETTINGS), shop, save=save)
+        fit_until(TwoTower(build_vocabulary(shop.articles), SETTINGS), shop, on_checkpoint=save)
     again = from_bytes(saved[-1])
-    assert again.until is None and again.done == 10
-    advance(again, shop)
+    assert again.trained_until is None and again.steps_done == 10
+    fit_until(again, shop)
     assert to_bytes(again) == to_bytes(tower)
 
 
 def test_another_seed_is_another_tower(shop, tower):
-    other = Tower(learn_vocabulary(shop.articles), replace(SETTINGS, seed=1))
-    advance(other, shop)
+    other = TwoTower(build_vocabulary(shop.articles), replace(SETTINGS, seed=1))
+    fit_until(other, shop)
     assert to_bytes(other) != to_bytes(tower)
 
 
@@ -69,7 +69,7 @@ def test_bytes_that_are_no_tower_are_refused():
 
 def test_an_article_never_sold_lies_nearer_to_its_variants_than_to_others(shop, tower):
     known = set(shop.purchases["article"].unique().to_list())
-    vectors, places = open_space(tower, shop).articles, []
+    vectors, places = build_space(tower, shop).article_vectors, []
     for articles in shop.articles.group_by("product").agg("article")["article"].to_list():
         new, old = ([a for a in articles if (a in known) is sold] for sold in (False, True))
         if new and old:
@@ -79,34 +79,41 @@ def test_an_article_never_sold_lies_nearer_to_its_variants_than_to_others(shop, 
 
 
 def test_a_visitor_with_three_clicks_is_not_a_stranger(shop, tower):
-    known = learn(shop, tower)
+    known = compute_aggregates(shop, tower)
     who = pl.DataFrame({"customer": [-1]}, schema={"customer": pl.Int32})
-    nothing = own_purchases(shop, who)
-    seen = own_purchases(shop, shop.customers).sort("ago", "customer", "article").head(3)
+    nothing = select_purchases(shop, who)
+    seen = select_purchases(shop, shop.customers).sort("days_ago", "customer", "article").head(3)
     clicks = seen.with_columns(customer=pl.lit(-1, pl.Int32))
-    arrays = open_shop(known, shop)
+    arrays = build_index(known, shop)
     lists = [
-        propose(arrays, gather(known, own, who), {"tower": 12}).article.tolist()
+        generate_candidates(
+            arrays, build_customer_arrays(known, own, who), {"two_tower": 12}
+        ).article.tolist()
         for own in (nothing, clicks)
     ]
     assert len(lists[0]) == len(lists[1]) == 12 and lists[0] != lists[1]
 
 
 def test_a_customer_alone_has_the_vector_that_she_has_in_company(shop, tower):
-    known, everyone = learn(shop, tower), shop.customers.sort("customer")
-    own = own_purchases(shop, everyone)
-    together, some = gather(known, own, everyone).vector, [0, 7, 300, 599]
-    alone = [gather(known, own_purchases(shop, everyone[n]), everyone[n]).vector for n in some]
+    known, everyone = compute_aggregates(shop, tower), shop.customers.sort("customer")
+    own = select_purchases(shop, everyone)
+    together, some = build_customer_arrays(known, own, everyone).vector, [0, 7, 300, 599]
+    alone = [
+        build_customer_arrays(known, select_purchases(shop, everyone[n]), everyone[n]).vector
+        for n in some
+    ]
     assert np.array_equal(np.concatenate(alone), together[some])
 
 
 def test_weeks_are_learned_one_by_one(shop):
-    tower = Tower(learn_vocabulary(shop.articles), SETTINGS)
+    tower = TwoTower(build_vocabulary(shop.articles), SETTINGS)
     before = as_of(shop, shop.day - timedelta(days=7))
-    advance(tower, before)
+    fit_until(tower, before)
     steps = tower.steps
-    assert tower.until == before.day and advance(tower, before) == []
-    assert len(advance(tower, shop)) > 0 and tower.steps > steps and tower.until == shop.day
+    assert tower.trained_until == before.day and fit_until(tower, before) == []
+    assert (
+        len(fit_until(tower, shop)) > 0 and tower.steps > steps and tower.trained_until == shop.day
+    )
 
 
 def test_logq_takes_back_what_being_drawn_often_adds():

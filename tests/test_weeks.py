@@ -7,15 +7,15 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from hm_reco.data.changes import monday, what_changed
+from hm_reco.data.changes import detect_changes, to_week_start
 from hm_reco.data.sources import Source
 from hm_reco.data.weekly import FEATURES
 from hm_reco.lake.storage import Lake, open_lake
-from hm_reco.lake.tables import scan, table_version
+from hm_reco.lake.tables import get_table_version, scan
 from hm_reco.stages.ingestion import ingest
-from hm_reco.stages.processing import PROCESSED, process
+from hm_reco.stages.processing import PROCESSED_TABLES, process
 
-WITH_ROWS = [name for name in PROCESSED if name != "processed/basis"]
+WITH_ROWS = [name for name in PROCESSED_TABLES if name != "processed/input_versions"]
 
 
 def table(lake: Lake, name: str) -> pl.DataFrame:
@@ -43,10 +43,10 @@ def world(small_files: Path) -> dict[str, pl.DataFrame]:
 
 @pytest.fixture(scope="module")
 def small_files(tmp_path_factory) -> Path:
-    from hm_reco.data.synthetic import write_sample
+    from hm_reco.data.synthetic import write_synthetic
 
     folder = tmp_path_factory.mktemp("world")
-    write_sample(folder, 300, seed=3)
+    write_synthetic(folder, 300, seed=3)
     return folder
 
 
@@ -92,7 +92,7 @@ def test_loads_in_any_order_equal_one_load_and_a_full_build(world, whole, lake, 
         frame.write_csv(tmp_path / "drop" / f"{name}_seed.csv")
     first = world["transactions"].head(0)
     first.write_csv(tmp_path / "drop" / "transactions_seed.csv")
-    drop = [Source(place=str(tmp_path / "drop"), name="drop")]
+    drop = [Source(uri=str(tmp_path / "drop"), name="drop")]
     processed = False
     for load in deal(world, tmp_path / "away", dice):
         for path in load:
@@ -105,7 +105,7 @@ def test_loads_in_any_order_equal_one_load_and_a_full_build(world, whole, lake, 
     for name in WITH_ROWS:
         assert by_id(lake, name).equals(by_id(whole, name)), name
     step_by_step = {name: table(lake, name) for name in WITH_ROWS}
-    process(lake, 3, what_changed(lake, 3, rebuild=True))
+    process(lake, 3, detect_changes(lake, 3, full_refresh=True))
     for name, frame in step_by_step.items():
         assert table(lake, name).equals(frame), name
 
@@ -121,17 +121,17 @@ def test_a_new_week_computes_that_week_only(world, lake, tmp_path):
         world[name].write_csv(tmp_path / "in" / f"{name}.csv")
     rows.filter(~last).write_csv(tmp_path / "in" / "transactions_old.csv")
     ingest(lake, str(tmp_path / "in"))
-    assert what_changed(lake, 1).whole
+    assert detect_changes(lake, 1).full_refresh
     process(lake)
-    assert not what_changed(lake).weeks and not what_changed(lake).remap
-    before = {name: table_version(lake, name) for name in WITH_ROWS}
-    assert process(lake) == before | {"processed/basis": 0}
+    assert not detect_changes(lake).weeks and not detect_changes(lake).remap_tables
+    before = {name: get_table_version(lake, name) for name in WITH_ROWS}
+    assert process(lake) == before | {"processed/input_versions": 0}
     rows.filter(last).write_csv(tmp_path / "in" / "transactions_new.csv")
     ingest(lake, str(tmp_path / "in"))
-    change = what_changed(lake)
+    change = detect_changes(lake)
     newest_day = rows["t_dat"].str.to_date().max()
     assert change.weeks == [newest_day - timedelta(days=newest_day.weekday())]
-    assert not change.whole and not change.remap
+    assert not change.full_refresh and not change.remap_tables
     process(lake, 1, change)
     assert (
         scan(lake, "processed/purchases").select(pl.col("units").sum()).collect().item()
@@ -160,7 +160,7 @@ def test_a_withdrawn_week_leaves_no_trace(world, lake, tmp_path, whole):
 
 
 def test_other_shards_are_a_full_build(whole):
-    assert "shards" in what_changed(whole, 4).reason and what_changed(whole, 4).whole
+    assert "shards" in detect_changes(whole, 4).reason and detect_changes(whole, 4).full_refresh
 
 
 def test_the_files_of_the_earlier_version_may_be_gone(whole, world, lake, tmp_path):
@@ -174,8 +174,8 @@ def test_the_files_of_the_earlier_version_may_be_gone(whole, world, lake, tmp_pa
     world["transactions"].head(1_000).write_csv(tmp_path / "in" / "transactions.csv")
     ingest(lake, str(tmp_path / "in"))
     DeltaTable(lake.uri("raw/transactions")).vacuum(0, False, False)
-    change = what_changed(lake, 3)
-    assert change.whole and "files are gone" in change.reason
+    change = detect_changes(lake, 3)
+    assert change.full_refresh and "files are gone" in change.reason
     process(lake, 3, change)
     assert scan(lake, "processed/purchases").select(pl.col("units").sum()).collect().item() == 1_000
 
@@ -198,7 +198,7 @@ def test_every_feature_is_documented_and_exact(whole):
     )
     days = own["day"].unique().sort()
     assert row["visits"] == days.len() and row["units"] == own["units"].sum()
-    assert row["weeks"] == own.select(monday(pl.col("day"))).n_unique()
+    assert row["weeks"] == own.select(to_week_start(pl.col("day"))).n_unique()
     assert (row["first_day"], row["last_day"]) == (days[0], days[-1])
     assert row["basket"] == pytest.approx(own["units"].sum() / days.len())
     assert row["spend"] == pytest.approx((own["price"].cast(pl.Float64) * own["units"]).sum())

@@ -7,13 +7,13 @@ from typing import Any
 import nbformat
 from rich.console import Console
 
-from hm_reco.lake.runs import Entry, new_run_id
+from hm_reco.lake.runs import StageRun, generate_run_id
 from hm_reco.lake.storage import Lake
-from runner.board import Board
-from runner.cli.options import library_hooks
-from runner.execute import StageError, run_jobs
+from runner.cli.options import get_library_hooks
+from runner.display import RunDisplay
 from runner.graph import Stage
 from runner.parameters import resolve
+from runner.scheduler import StageError, run_jobs
 from runner.stage import Job
 
 PARAMETERS = """lake: str = ""  # root of the lake
@@ -59,12 +59,14 @@ def toy(
 
 def job(stage: Stage, run_id: str | None = None, **given: Any) -> Job:
     """A job of its own run."""
-    return Job(stage, resolve([stage], ("-p", given))[stage.name], run_id or new_run_id())
+    return Job(stage, resolve([stage], ("-p", given))[stage.name], run_id or generate_run_id())
 
 
-def run_toys(lake: Lake, *jobs: Job, limit: int = 2, force: bool = False) -> list[Entry]:
+def run_toys(lake: Lake, *jobs: Job, limit: int = 2, force: bool = False) -> list[StageRun]:
     """Run jobs; the entries, however they ended."""
     try:
-        return run_jobs(lake, jobs, Board(Console(file=sys.stderr)), library_hooks(), limit, force)
+        return run_jobs(
+            lake, jobs, RunDisplay(Console(file=sys.stderr)), get_library_hooks(), limit, force
+        )
     except StageError as err:
-        return err.ended
+        return err.stage_runs

@@ -11,22 +11,22 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from .model_manager import Loaded, load, with_state
-from .responses import respond, similar
+from .model_manager import LoadedModel, load_model, with_snapshot
+from .responses import find_similar, respond
 from .schemas import PredictRequest, SimilarRequest
 from ..lake.storage import Lake, open_lake
 from ..ranking.ranker import RANKER
 from ..registry.registry import read_models
 
 # %% ../../nbs/api/10_warm_up.ipynb #ca0f165e
-def send_requests(loaded: Loaded) -> list[str]:
+def send_requests(loaded: LoadedModel) -> list[str]:
     """Some requests of each kind; the articles of the first list."""
     first = respond(loaded, PredictRequest(customer_ids=["a", "b"]), "warm")
     articles = [article["article_id"] for article in first["recommendations"][0]["articles"]]
     body = {"customer_ids": ["a"], "recent_articles": articles[:1], "explain": True}
     body["filters"] = {"exclude_articles": articles[:1], "in_stock": True}
     respond(loaded, PredictRequest.model_validate(body), "warm")
-    similar(loaded, SimilarRequest(article_id=articles[0]), "warm")
+    find_similar(loaded, SimilarRequest(article_id=articles[0]), "warm")
     return articles
 
 # %% ../../nbs/api/10_warm_up.ipynb #d994c116
@@ -41,10 +41,10 @@ def run_stages(folder: str) -> Lake:
     return open_lake(folder)
 
 
-def load_ranker(lake: Lake) -> Loaded:
+def load_ranker(lake: Lake) -> LoadedModel:
     """The newest ranker of a lake with its serving state."""
     version = next(m.version for m in reversed(read_models(lake)) if m.method == RANKER)
-    return load(lake, with_state(lake, version))
+    return load_model(lake, with_snapshot(lake, version))
 
 
 def main() -> None:

@@ -12,15 +12,15 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 from ..data.history import HISTORY_TABLES, load_history
-from ..data.synthetic import write_sample
+from ..data.synthetic import write_synthetic
 from ..lake.storage import Lake, open_lake
-from ..lake.tables import table_version
-from ..ranking.plan import Plan
+from ..lake.tables import get_table_version
+from ..ranking.plan import BacktestPlan
 from ..ranking.ranker import RankerSettings
-from ..registry.registration import Origin
+from ..registry.registration import Provenance
 from .ingestion import ingest
 from .processing import process
-from .training import train_and_publish
+from .training import train_and_register
 
 # %% ../../nbs/stages/00_demo.ipynb #a55591d5
 @cache
@@ -32,9 +32,9 @@ def _folder() -> TemporaryDirectory[str]:
 def demo_lake(
     until: Literal["ingestion", "processing", "training"], customers: int = 2_000
 ) -> Lake:
-    """A new lake with the sample world, as the stages up to `until` leave it."""
+    """A new lake with the synthetic data set, as the stages up to `until` leave it."""
     root = Path(_folder().name) / f"{until}-{len(list(Path(_folder().name).iterdir()))}"
-    write_sample(root / "source", customers)
+    write_synthetic(root / "source", customers)
     lake = open_lake(str(root / "lake"))
     ingest(lake, str(root / "source"))
     if until != "ingestion":
@@ -46,6 +46,6 @@ def demo_lake(
 # %% ../../nbs/stages/00_demo.ipynb #086c7a05
 def _train(lake: Lake) -> None:
     history = load_history(lake)
-    plan = Plan(history.day, evaluation_weeks=2, training_weeks=4)
-    tables = {name: table_version(lake, name) for name in HISTORY_TABLES}
-    train_and_publish(lake, history, plan, RankerSettings(), Origin("demo", tables))
+    plan = BacktestPlan(history.day, evaluation_weeks=2, training_weeks=4)
+    tables = {name: get_table_version(lake, name) for name in HISTORY_TABLES}
+    train_and_register(lake, history, plan, RankerSettings(), Provenance("demo", tables))

@@ -8,38 +8,46 @@ all steps are the workflow's, seen and changed in its form.
 from collections.abc import Sequence
 from typing import Any
 
-from runner.backends.kubernetes import AS_USER, CONFINED, IMAGES, NAME, Step, as_yaml, resources_of
+from runner.backends.kubernetes import (
+    CONTAINER_SECURITY,
+    IMAGE_REPOSITORY,
+    PIPELINE_NAME,
+    POD_SECURITY,
+    Step,
+    build_resources,
+    to_yaml,
+)
 
 # a step runs again when its machine was lost or it was killed, not when its notebook failed
-KILLED = "lastRetry.status == 'Error' or lastRetry.exitCode in ['137', '143']"
+RETRY_EXPRESSION = "lastRetry.status == 'Error' or lastRetry.exitCode in ['137', '143']"
 
 
-def _container(step: Step) -> dict[str, Any]:
+def _build_container(step: Step) -> dict[str, Any]:
     """The template of a step."""
-    mine = f"workflow.parameters.{step.slug}"
-    given = [f"{name}={{{{{mine}-{name}}}}}" for name in step.parameters]
-    words = [word for one in given for word in ("-p", one)]
+    prefix = f"workflow.parameters.{step.slug}"
+    assignments = [f"{name}={{{{{prefix}-{name}}}}}" for name in step.parameters]
+    arguments = [argument for assignment in assignments for argument in ("-p", assignment)]
     return {
         "name": step.slug,
         "retryStrategy": {
             "limit": "2",
             "retryPolicy": "Always",
-            "expression": KILLED,
+            "expression": RETRY_EXPRESSION,
             "backoff": {"duration": "1m", "factor": "2", "maxDuration": "15m"},
         },
         "container": {
             "name": "main",
-            "image": f"{IMAGES}/{step.image}",
-            "args": ["run", step.name, "--run-id", "{{workflow.name}}", *words],
-            "envFrom": [{"configMapRef": {"name": NAME}}],
-            "resources": resources_of(step),
-            "securityContext": CONFINED,
+            "image": f"{IMAGE_REPOSITORY}/{step.image}",
+            "args": ["run", step.name, "--run-id", "{{workflow.name}}", *arguments],
+            "envFrom": [{"configMapRef": {"name": PIPELINE_NAME}}],
+            "resources": build_resources(step),
+            "securityContext": CONTAINER_SECURITY,
             "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],  # nosec B108
         },
     }
 
 
-def _template(steps: Sequence[Step]) -> dict[str, Any]:
+def _build_template(steps: Sequence[Step]) -> dict[str, Any]:
     slugs = {step.name: step.slug for step in steps}
     parameters = [
         {"name": f"{step.slug}-{name}", "value": value}
@@ -53,28 +61,28 @@ def _template(steps: Sequence[Step]) -> dict[str, Any]:
             tasks[-1]["dependencies"] = [slugs[name] for name in step.after]
     return {
         "entrypoint": "pipeline",
-        "serviceAccountName": NAME,
+        "serviceAccountName": PIPELINE_NAME,
         "arguments": {"parameters": parameters},
         "activeDeadlineSeconds": 21_600,
         "archiveLogs": True,
         "podGC": {"strategy": "OnPodSuccess"},
         "ttlStrategy": {"secondsAfterCompletion": 604_800},
-        "synchronization": {"mutexes": [{"name": NAME}]},
-        "podMetadata": {"labels": {"app.kubernetes.io/name": NAME}},
-        "securityContext": AS_USER,
+        "synchronization": {"mutexes": [{"name": PIPELINE_NAME}]},
+        "podMetadata": {"labels": {"app.kubernetes.io/name": PIPELINE_NAME}},
+        "securityContext": POD_SECURITY,
         "volumes": [{"name": "tmp", "emptyDir": {"sizeLimit": "20Gi"}}],
-        "templates": [{"name": "pipeline", "dag": {"tasks": tasks}}, *map(_container, steps)],
+        "templates": [{"name": "pipeline", "dag": {"tasks": tasks}}, *map(_build_container, steps)],
     }
 
 
-NIGHTLY = "0 3 * * *"
+NIGHTLY_SCHEDULE = "0 3 * * *"
 
 
-def workflows(steps: Sequence[Step], schedule: str = NIGHTLY) -> str:
+def build_workflows(steps: Sequence[Step], schedule: str = NIGHTLY_SCHEDULE) -> str:
     """The manifests of WorkflowTemplate and CronWorkflow, as YAML."""
-    meta = {"name": NAME, "labels": {"app.kubernetes.io/name": NAME}}
-    kinds = {
-        "WorkflowTemplate": _template(steps),
+    metadata = {"name": PIPELINE_NAME, "labels": {"app.kubernetes.io/name": PIPELINE_NAME}}
+    specs = {
+        "WorkflowTemplate": _build_template(steps),
         "CronWorkflow": {
             "schedules": [schedule],
             "timezone": "Etc/UTC",
@@ -82,11 +90,11 @@ def workflows(steps: Sequence[Step], schedule: str = NIGHTLY) -> str:
             "startingDeadlineSeconds": 3_600,
             "successfulJobsHistoryLimit": 7,
             "failedJobsHistoryLimit": 7,
-            "workflowSpec": {"workflowTemplateRef": {"name": NAME}},
+            "workflowSpec": {"workflowTemplateRef": {"name": PIPELINE_NAME}},
         },
     }
     documents = [
-        {"apiVersion": "argoproj.io/v1alpha1", "kind": kind, "metadata": meta, "spec": spec}
-        for kind, spec in kinds.items()
+        {"apiVersion": "argoproj.io/v1alpha1", "kind": kind, "metadata": metadata, "spec": spec}
+        for kind, spec in specs.items()
     ]
-    return as_yaml("argo", documents)
+    return to_yaml("argo", documents)

@@ -1,6 +1,6 @@
 """The pipeline for a Ray cluster on Kubernetes: one RayJob that starts its cluster and removes it.
 
-KubeRay starts a head and workers, runs `hm run --on ray` on the head, and removes all of it when
+KubeRay starts a head and workers, runs `hm run --backend ray` on the head, and removes all of it when
 that has ended. Each stage is then a job of that cluster (`ray_jobs`), on a worker that has what the
 stage asks for; its shards go to all workers. The head coordinates, and runs no task. A worker has
 the memory of the largest stage and half as much again: Ray keeps three tenths of a machine's memory
@@ -10,61 +10,68 @@ for its object store. https://docs.ray.io/en/latest/cluster/kubernetes/index.htm
 from collections.abc import Sequence
 from typing import Any
 
-from runner.backends.kubernetes import AS_USER, CONFINED, IMAGES, NAME, Step, as_yaml
+from runner.backends.kubernetes import (
+    CONTAINER_SECURITY,
+    IMAGE_REPOSITORY,
+    PIPELINE_NAME,
+    POD_SECURITY,
+    Step,
+    to_yaml,
+)
 
-RAY = "hm-reco-ray"
-IMAGE = f"{IMAGES}/cluster"  # the stages' image, with Ray
-HEAD = {"requests": {"cpu": "1", "memory": "8Gi"}, "limits": {"memory": "8Gi"}}
-PORTS = {"gcs-server": 6379, "dashboard": 8265, "client": 10_001}
+RAY_NAME = "hm-reco-ray"
+CLUSTER_IMAGE = f"{IMAGE_REPOSITORY}/cluster"  # the stages' image, with Ray
+HEAD_RESOURCES = {"requests": {"cpu": "1", "memory": "8Gi"}, "limits": {"memory": "8Gi"}}
+HEAD_PORTS = {"gcs-server": 6379, "dashboard": 8265, "client": 10_001}
 
 
-def _pod(name: str, resources: dict[str, Any], ports: dict[str, int]) -> dict[str, Any]:
+def _build_pod(name: str, resources: dict[str, Any], ports: dict[str, int]) -> dict[str, Any]:
     """The pod of a node of the cluster."""
     container: dict[str, Any] = {
         "name": name,
-        "image": IMAGE,
-        "envFrom": [{"configMapRef": {"name": NAME}}],
+        "image": CLUSTER_IMAGE,
+        "envFrom": [{"configMapRef": {"name": PIPELINE_NAME}}],
         "env": [
-            {"name": "HM_CLUSTER", "value": "auto"},
+            {"name": "HM_RAY_ADDRESS", "value": "auto"},
             {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"},
         ],
         "resources": resources,
-        "securityContext": CONFINED,
+        "securityContext": CONTAINER_SECURITY,
         "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],  # nosec B108
     }
     if ports:
         container["ports"] = [{"name": n, "containerPort": p} for n, p in ports.items()]
     return {
-        "metadata": {"labels": {"app.kubernetes.io/name": RAY}},
+        "metadata": {"labels": {"app.kubernetes.io/name": RAY_NAME}},
         "spec": {
-            "serviceAccountName": NAME,
+            "serviceAccountName": PIPELINE_NAME,
             "automountServiceAccountToken": False,
-            "securityContext": AS_USER,
+            "securityContext": POD_SECURITY,
             "containers": [container],
             "volumes": [{"name": "tmp", "emptyDir": {"sizeLimit": "50Gi"}}],
         },
     }
 
 
-def worker_of(steps: Sequence[Step]) -> dict[str, Any]:
+def build_worker_resources(steps: Sequence[Step]) -> dict[str, Any]:
     """What a worker asks for: enough for each step, and a core for its shards beside it."""
-    memory = max(_gibibytes(step.memory) for step in steps)
+    memory = max(_to_gibibytes(step.memory) for step in steps)
     gpus = max(step.gpu for step in steps)
     gpu = {"nvidia.com/gpu": str(gpus)} if gpus else {}
-    size = f"{-(-3 * memory // 2)}Gi"
+    memory_limit = f"{-(-3 * memory // 2)}Gi"
     cpus = f"{max(step.cpus for step in steps) + 1:g}"
     return {
-        "requests": {"cpu": cpus, "memory": size} | gpu,
-        "limits": {"memory": size} | gpu,
+        "requests": {"cpu": cpus, "memory": memory_limit} | gpu,
+        "limits": {"memory": memory_limit} | gpu,
     }
 
 
-def _gibibytes(memory: str) -> int:
+def _to_gibibytes(memory: str) -> int:
     """Whole Gi, at least."""
     return -(-int(memory[:-2]) // {"Gi": 1, "Mi": 1024}[memory[-2:]])
 
 
-def ray_job(steps: Sequence[Step], workers: int = 2) -> str:
+def build_ray_job(steps: Sequence[Step], workers: int = 2) -> str:
     """The RayJob that runs all steps on a cluster of its own with so many workers, as YAML."""
     group = {
         "groupName": "workers",
@@ -72,14 +79,14 @@ def ray_job(steps: Sequence[Step], workers: int = 2) -> str:
         "minReplicas": workers,
         "maxReplicas": workers,
         "rayStartParams": {},
-        "template": _pod("ray-worker", worker_of(steps), {}),
+        "template": _build_pod("ray-worker", build_worker_resources(steps), {}),
     }
     head = {
         "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0"},  # nosec B104
-        "template": _pod("ray-head", HEAD, PORTS),
+        "template": _build_pod("ray-head", HEAD_RESOURCES, HEAD_PORTS),
     }
     job = {
-        "entrypoint": "hm run --on ray",
+        "entrypoint": "hm run --backend ray",
         "submissionMode": "HTTPMode",  # the operator submits it; no pod of its own
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": 600,
@@ -87,6 +94,6 @@ def ray_job(steps: Sequence[Step], workers: int = 2) -> str:
         "backoffLimit": 0,  # stages are tried again as they declare
         "rayClusterSpec": {"headGroupSpec": head, "workerGroupSpecs": [group]},
     }
-    meta = {"name": RAY, "labels": {"app.kubernetes.io/name": RAY}}
-    document = {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": meta, "spec": job}
-    return as_yaml("ray", [document])
+    metadata = {"name": RAY_NAME, "labels": {"app.kubernetes.io/name": RAY_NAME}}
+    document = {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": metadata, "spec": job}
+    return to_yaml("ray", [document])

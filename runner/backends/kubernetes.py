@@ -6,19 +6,19 @@ from typing import Any
 
 import yaml
 
-NAME = "hm-reco-pipeline"
-IMAGES = "ml-fashion-recommender"  # overlays put a registry and digests in its place
-USER = 10001  # of the image
-CONFINED = {
+PIPELINE_NAME = "hm-reco-pipeline"
+IMAGE_REPOSITORY = "ml-fashion-recommender"  # overlays put a registry and digests in its place
+USER_ID = 10001  # of the image
+CONTAINER_SECURITY = {
     "allowPrivilegeEscalation": False,
     "readOnlyRootFilesystem": True,
     "capabilities": {"drop": ["ALL"]},
 }
-AS_USER = {
+POD_SECURITY = {
     "runAsNonRoot": True,
-    "runAsUser": USER,
-    "runAsGroup": USER,
-    "fsGroup": USER,
+    "runAsUser": USER_ID,
+    "runAsGroup": USER_ID,
+    "fsGroup": USER_ID,
     "seccompProfile": {"type": "RuntimeDefault"},
 }
 
@@ -41,7 +41,7 @@ class Step:
         return self.name.replace("_", "-")
 
 
-def resources_of(step: Step) -> dict[str, Any]:
+def build_resources(step: Step) -> dict[str, Any]:
     """What its container asks for, and the most it may have."""
     gpu = {"nvidia.com/gpu": str(step.gpu)} if step.gpu else {}
     requests = {"cpu": f"{step.cpus:g}", "memory": step.memory}
@@ -56,10 +56,10 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-HEADER = "# Written by `hm deploy {name} --write` from runner/pipeline.yaml and the notebooks.\n"
+HEADER = "# Written by `hm manifests {name} --write` from runner/pipeline.yaml and the notebooks.\n"
 
 
-def as_yaml(name: str, documents: Sequence[dict[str, Any]]) -> str:
-    """Manifests as `hm deploy` writes them."""
+def to_yaml(name: str, documents: Sequence[dict[str, Any]]) -> str:
+    """Manifests as `hm manifests` writes them."""
     options: dict[str, Any] = {"sort_keys": False, "width": 100, "explicit_start": True}
     return HEADER.format(name=name) + yaml.dump_all(documents, Dumper=_Dumper, **options)

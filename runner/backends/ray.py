@@ -5,60 +5,76 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from hm_reco.lake.runs import Entry, read_ledger
+from hm_reco.lake.runs import StageRun, read_runs
 from hm_reco.lake.settings import Settings
 from hm_reco.lake.storage import Lake
-from runner.backends.ray_jobs import BackendError, Needs, dashboard_of, follow_job, job_client
-from runner.board import Board
-from runner.deployment import as_words
-from runner.execute import Execution
+from runner.backends.ray_jobs import (
+    BackendError,
+    Resources,
+    get_dashboard_url,
+    get_job_client,
+    run_job,
+)
+from runner.deployment import to_cli_args
+from runner.display import RunDisplay
 from runner.hooks import Hooks
+from runner.monitor import StageMonitor
+from runner.scheduler import Scheduler
 from runner.stage import Job
-from runner.watch import Watch
 
 
-def _run_there(
-    client: Any, force: bool, lake: Lake, job: Job, _key: Any, watch: Watch, board: Board
-) -> Entry:
+def _run_on_ray(
+    client: Any,
+    force: bool,
+    lake: Lake,
+    job: Job,
+    _key: Any,
+    monitor: StageMonitor,
+    display: RunDisplay,
+) -> StageRun:
     """Run a stage there, under the same run; what it entered into the ledger."""
-    stage, given = job.stage, as_words(job.parameters.values)
-    words = ["hm", "run", stage.name, "--run-id", job.run_id, "--lake", lake.root]
-    words += ["--force"] * force + [w for n, v in given.items() for w in ("-p", f"{n}={v}")]
+    stage, parameters = job.stage, to_cli_args(job.parameters.values)
+    args = ["hm", "run", stage.name, "--run-id", job.run_id, "--lake", lake.root]
+    args += ["--force"] * force + [
+        argument for n, v in parameters.items() for argument in ("-p", f"{n}={v}")
+    ]
 
-    def hear(text: str) -> None:
-        watch.note = text.strip().rpartition("\n")[2][:80]
-        board.output(stage.name, text)
+    def on_output(text: str) -> None:
+        monitor.progress = text.strip().rpartition("\n")[2][:80]
+        display.on_output(stage.name, text)
 
-    ended, cause = follow_job(
+    status, cause = run_job(
         client,
         f"{job.run_id}-{stage.name}",
-        words,
-        Needs(stage.cpus, stage.memory, stage.gpu),
-        hear,
-        lambda: watch.ordered is None,
+        args,
+        Resources(stage.cpus, stage.memory, stage.gpu),
+        on_output,
+        lambda: monitor.stop_reason is None,
     )
-    watch.attempt = stage.retries + 1  # it has tried again there, as declared
-    entries = [e for e in read_ledger(lake) if e.stage == stage.name and e.state != "running"]
-    if own := [e for e in entries if e.run_id == job.run_id]:
-        return own[-1]
-    if ended == "SUCCEEDED":  # a run in which nothing is run enters nothing
-        earlier = next(e for e in reversed(entries) if e.state == "succeeded")
-        cause = f"unchanged since run {earlier.run_id}"
-        return replace(earlier, run_id=job.run_id, state="reused", seconds=0.0, error=cause)
-    entry = Entry(job.run_id, stage.name, given, "", error=f"Ray job {ended}: {cause}")
-    entry.state = "stopped" if watch.ordered else "failed"
-    return entry
+    monitor.attempt = stage.retries + 1  # it has tried again there, as declared
+    stage_runs = [e for e in read_runs(lake) if e.stage == stage.name and e.state != "running"]
+    if recorded := [e for e in stage_runs if e.run_id == job.run_id]:
+        return recorded[-1]
+    if status == "SUCCEEDED":  # a run in which nothing is run enters nothing
+        cached_run = next(e for e in reversed(stage_runs) if e.state == "succeeded")
+        cause = f"unchanged since run {cached_run.run_id}"
+        return replace(cached_run, run_id=job.run_id, state="cached", seconds=0.0, error=cause)
+    stage_run = StageRun(job.run_id, stage.name, parameters, "", error=f"Ray job {status}: {cause}")
+    stage_run.state = "stopped" if monitor.stop_reason else "failed"
+    return stage_run
 
 
 def run_on_ray(
-    lake: Lake, jobs: Sequence[Job], board: Board, hooks: Hooks, limit: int, force: bool
-) -> list[Entry]:
+    lake: Lake, jobs: Sequence[Job], display: RunDisplay, hooks: Hooks, limit: int, force: bool
+) -> list[StageRun]:
     """Run jobs on the cluster, which decides there what has to run, and takes the leases.
 
     Raises `BackendError` when there is no cluster, `StageError` when stages did not succeed.
     """
     settings = Settings()
-    if not settings.cluster:
-        raise BackendError("--on ray: HM_CLUSTER is empty; expected auto or ray://head:10001")
-    client = job_client(dashboard_of(settings))
-    return Execution(lake, jobs, board, hooks, limit, partial(_run_there, client, force)).run()
+    if not settings.ray_address:
+        raise BackendError(
+            "--backend ray: HM_RAY_ADDRESS is empty; expected auto or ray://head:10001"
+        )
+    client = get_job_client(get_dashboard_url(settings))
+    return Scheduler(lake, jobs, display, hooks, limit, partial(_run_on_ray, client, force)).run()

@@ -14,34 +14,34 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
-from hm_reco.lake.runs import LINK
+from hm_reco.lake.runs import JOB_URL_VARIABLE
 from hm_reco.lake.settings import Settings
 
-PORT = 8265  # of the dashboard, where the job server is
-LOOK = 0.5  # seconds between two looks at a job
+DASHBOARD_PORT = 8265  # of the dashboard, where the job server is
+POLL_SECONDS = 0.5  # seconds between two looks at a job
 
 
 class BackendError(RuntimeError):
     """The cluster that stages shall run on is not there, or cannot be reached."""
 
 
-def dashboard_of(settings: Settings) -> str:
+def get_dashboard_url(settings: Settings) -> str:
     """Where the dashboard of the cluster is: as the settings say, or at Ray's usual port."""
-    if settings.dashboard:
-        return settings.dashboard.rstrip("/")
-    host = settings.cluster.removeprefix("ray://").rpartition(":")[0] or "127.0.0.1"
-    return f"http://{host}:{PORT}"
+    if settings.ray_dashboard:
+        return settings.ray_dashboard.rstrip("/")
+    host = settings.ray_address.removeprefix("ray://").rpartition(":")[0] or "127.0.0.1"
+    return f"http://{host}:{DASHBOARD_PORT}"
 
 
 @dataclass(frozen=True)
-class Needs:
+class Resources:
     """What a command needs of the machine it runs on."""
 
     cpus: float = 1
     memory: str = "8Gi"
     gpu: int = 0
 
-    def as_options(self) -> dict[str, Any]:
+    def to_options(self) -> dict[str, Any]:
         """In Ray's words, memory in bytes."""
         units = {"Mi": 2**20, "Gi": 2**30}
         memory = int(self.memory[:-2]) * units[self.memory[-2:]]
@@ -52,7 +52,7 @@ class Needs:
         }
 
 
-def job_client(dashboard: str) -> Any:
+def get_job_client(dashboard: str) -> Any:
     """The job server at `dashboard`. Raises `BackendError` when there is none."""
     try:
         from ray.job_submission import JobSubmissionClient
@@ -62,49 +62,54 @@ def job_client(dashboard: str) -> Any:
         return JobSubmissionClient(dashboard)
     except (ConnectionError, RuntimeError) as err:
         raise BackendError(
-            f"no Ray dashboard at {dashboard}, which takes jobs; HM_DASHBOARD says where it is"
+            f"no Ray dashboard at {dashboard}, which takes jobs; HM_RAY_DASHBOARD says where it is"
         ) from err
 
 
-def follow_job(
+def run_job(
     client: Any,
     name: str,
-    words: Sequence[str],
-    needs: Needs,
-    hear: Callable[[str], object] = print,
-    wanted: Callable[[], bool] = lambda: True,
+    args: Sequence[str],
+    resources: Resources,
+    on_output: Callable[[str], object] = print,
+    should_continue: Callable[[], bool] = lambda: True,
 ) -> tuple[str, str]:
     """Run a command as a job: how it ended (SUCCEEDED, FAILED, STOPPED), and what Ray says of it.
 
-    The command finds the cluster in `HM_CLUSTER` and its page in the dashboard in `HM_JOB`.
+    The command finds the cluster in `HM_RAY_ADDRESS` and its page in the dashboard in `HM_JOB_URL`.
     """
-    job, heard = f"{name}-{uuid4().hex[:6]}", ""
-    own = ("HM_CLUSTER=auto", f"{LINK}={client.get_address()}/#/jobs/{job}")
-    entrypoint = shlex.join(["env", *own, *words])
-    client.submit_job(entrypoint=entrypoint, submission_id=job, **needs.as_options())
-    while not (status := client.get_job_status(job)).is_terminal():
-        if not wanted():
-            client.stop_job(job)
+    job_id, forwarded = f"{name}-{uuid4().hex[:6]}", ""
+    environment = (
+        "HM_RAY_ADDRESS=auto",
+        f"{JOB_URL_VARIABLE}={client.get_address()}/#/jobs/{job_id}",
+    )
+    entrypoint = shlex.join(["env", *environment, *args])
+    client.submit_job(entrypoint=entrypoint, submission_id=job_id, **resources.to_options())
+    while not (status := client.get_job_status(job_id)).is_terminal():
+        if not should_continue():
+            client.stop_job(job_id)
             if status.value == "PENDING":  # it will not be run, but Ray keeps it in its queue
-                return "STOPPED", _message(client, job)
+                return "STOPPED", _read_message(client, job_id)
         # as long as it waits, Ray says for what
-        heard = _tell(heard, _logs(client, job) or _message(client, job), hear)
-        time.sleep(LOOK)
-    _tell(heard, _logs(client, job), hear)
-    return str(status.value), _message(client, job)
+        forwarded = _forward_output(
+            forwarded, _read_logs(client, job_id) or _read_message(client, job_id), on_output
+        )
+        time.sleep(POLL_SECONDS)
+    _forward_output(forwarded, _read_logs(client, job_id), on_output)
+    return str(status.value), _read_message(client, job_id)
 
 
-def _logs(client: Any, job: str) -> str:
-    return str(client.get_job_logs(job))
+def _read_logs(client: Any, job_id: str) -> str:
+    return str(client.get_job_logs(job_id))
 
 
-def _message(client: Any, job: str) -> str:
-    return client.get_job_info(job).message or ""
+def _read_message(client: Any, job_id: str) -> str:
+    return client.get_job_info(job_id).message or ""
 
 
-def _tell(heard: str, text: str, hear: Callable[[str], object]) -> str:
+def _forward_output(forwarded: str, text: str, on_output: Callable[[str], object]) -> str:
     """Hand on what was not heard yet."""
-    more = text.removeprefix(heard)
-    if more:
-        hear(more)
+    new_text = text.removeprefix(forwarded)
+    if new_text:
+        on_output(new_text)
     return text

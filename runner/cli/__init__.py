@@ -7,19 +7,19 @@ import typer
 
 from hm_reco.lake.storage import Lake
 from runner.cli import lake, models, project, run, serve
-from runner.cli.options import console, library_hooks
+from runner.cli.options import console, get_library_hooks
 
 
-def _changed(result: object, **_: object) -> None:
+def _refresh_index(result: object, **_: object) -> None:
     """A command that changes what the index of the reports tells returns its lake."""
     from runner.render import render_index
 
     if isinstance(result, Lake):
-        render_index(result, library_hooks())
+        render_index(result, get_library_hooks())
 
 
 app = typer.Typer(
-    result_callback=_changed,
+    result_callback=_refresh_index,
     invoke_without_command=True,
     no_args_is_help=True,
     add_completion=False,
@@ -28,21 +28,23 @@ app = typer.Typer(
 
 
 @app.callback()
-def options(
+def root(
     version: Annotated[bool, typer.Option("--version", help="Version and commit.")] = False,
 ) -> None:
     """Raw fashion purchases become served recommendations."""
     if version:
-        from hm_reco.lake.fingerprint import release
-        from hm_reco.lake.runs import git_commit
-        from runner.graph import project_root
+        from hm_reco.lake.fingerprint import get_package_version
+        from hm_reco.lake.runs import get_git_commit
+        from runner.graph import find_project_root
 
-        console.print(f"hm-reco {release(project_root())} ({git_commit(project_root())})")
+        console.print(
+            f"hm-reco {get_package_version(find_project_root())} ({get_git_commit(find_project_root())})"
+        )
         raise typer.Exit
 
 
-for part in (run, lake, serve, models, project):
-    app.add_typer(part.app)
+for command_module in (run, lake, serve, models, project):
+    app.add_typer(command_module.app)
 
 
 def main() -> None:

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from hm_reco.lake.lease import leases
-from hm_reco.lake.storage import STAGE_OF, open_lake, stage_of
-from hm_reco.lake.tables import table_names
-from runner.cli.options import JsonOption, LakeOption, WaitOption, console, show, told
+from hm_reco.lake.lease import hold_leases
+from hm_reco.lake.storage import TABLE_OWNERS, get_owner, open_lake
+from hm_reco.lake.tables import list_table_names
+from runner.cli.options import JsonOption, LakeOption, WaitOption, console, print_rows, user_errors
 
 app = typer.Typer()
 
@@ -26,18 +26,20 @@ def list_tables(
     context: typer.Context, lake: LakeOption = None, as_json: JsonOption = False
 ) -> None:
     """List a lake's tables with versions, rows and sizes; or clean it up by `vacuum`."""
-    from hm_reco.lake.maintenance import describe
+    from hm_reco.lake.maintenance import describe_tables
 
     if context.invoked_subcommand is None:
-        with told():
+        with user_errors():
             target = open_lake(lake)
-            rows = describe(target)
-            show(target.root if rows else f"No tables in {target.root}: hm run", rows, as_json)
+            rows = describe_tables(target)
+            print_rows(
+                target.root if rows else f"No tables in {target.root}: hm run", rows, as_json
+            )
 
 
 @lake_app.command("vacuum")
 def vacuum_tables(
-    keep: Annotated[str, typer.Option(help="Keep what was visible within this time.")] = "30d",
+    retention: Annotated[str, typer.Option(help="Keep what was visible within this time.")] = "30d",
     lake: LakeOption = None,
     dry_run: Annotated[bool, typer.Option(help="Only count what would go.")] = False,
     wait: WaitOption = None,
@@ -46,52 +48,52 @@ def vacuum_tables(
     """Remove old versions' files, but none that a registered model or a kept run refers to."""
     from hm_reco.lake.maintenance import vacuum
 
-    with told():
-        days = re.fullmatch(r"(\d+)d", keep)
+    with user_errors():
+        days = re.fullmatch(r"(\d+)d", retention)
         if not days:
-            raise ValueError(f"--keep {keep}: expected a number of days, such as 30d")
+            raise ValueError(f"--retention {retention}: expected a number of days, such as 30d")
         target = open_lake(lake)
-        owners = {*STAGE_OF.values(), *filter(None, map(stage_of, table_names(target)))}
-        with leases(target, sorted(owners), wait, console.print):
-            removed = vacuum(target, int(days[1]), dry_run)
-        rows = [{"table": name, "files": count} for name, count in removed.items()]
-        show("Would remove" if dry_run else "Removed", rows, as_json)
+        owners = {*TABLE_OWNERS.values(), *filter(None, map(get_owner, list_table_names(target)))}
+        with hold_leases(target, sorted(owners), wait, console.print):
+            file_counts = vacuum(target, int(days[1]), dry_run)
+        rows = [{"table": name, "files": count} for name, count in file_counts.items()]
+        print_rows("Would remove" if dry_run else "Removed", rows, as_json)
 
 
 @app.command()
 def runs(
     lake: LakeOption = None,
-    keep: Annotated[str | None, typer.Option(help="Never let go what this run refers to.")] = None,
+    pin: Annotated[str | None, typer.Option(help="Never let go what this run refers to.")] = None,
     last: Annotated[int, typer.Option(help="Entries to show; 0: all.", min=0)] = 40,
     as_json: JsonOption = False,
 ) -> None:
     """List what ran in a lake, the newest last: stages, states, times, cost."""
-    from hm_reco.lake.maintenance import keep_run
-    from hm_reco.lake.runs import places, read_ledger
+    from hm_reco.lake.maintenance import pin_run
+    from hm_reco.lake.runs import list_hosts, read_runs
 
-    with told():
+    with user_errors():
         target = open_lake(lake)
-        if keep is not None:
-            keep_run(target, keep)
-            return console.print(f"kept: {keep}")
-        entries = read_ledger(target)[-last:]
+        if pin is not None:
+            pin_run(target, pin)
+            return console.print(f"pinned: {pin}")
+        stage_runs = read_runs(target)[-last:]
         if as_json:
-            return show("", [vars(entry) for entry in entries], True)
+            return print_rows("", [vars(stage_run) for stage_run in stage_runs], True)
         rows = [
             {
                 "run": e.run_id,
                 "stage": e.stage,
                 "state": e.state,
-                "where": where,
+                "host": host,
                 "seconds": round(e.seconds, 1),
                 "CPU s": round(e.cpu_seconds, 1),
                 "peak MB": round(e.peak_memory_mb),
                 "commit": e.git_commit[:8] + "+" * ("+" in e.git_commit),
                 "cause": e.error.replace("\n", " ")[:60],
             }
-            for e, where in zip(entries, places(entries), strict=True)
+            for e, host in zip(stage_runs, list_hosts(stage_runs), strict=True)
         ]
-        return show("Runs" if rows else "No runs yet: hm run", rows)
+        return print_rows("Runs" if rows else "No runs yet: hm run", rows)
 
 
 @app.command()
@@ -100,7 +102,7 @@ def report(
     lake: LakeOption = None,
 ) -> None:
     """Open the reports in a browser, or say where they are."""
-    with told():
+    with user_errors():
         target = open_lake(lake)
         path = target.path("reports", *([run_id] if run_id else []), "index.html")
         if not path.exists():

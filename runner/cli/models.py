@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from hm_reco.lake.storage import Lake, open_lake
-from runner.cli.options import JsonOption, LakeOption, console, show, told
+from runner.cli.options import JsonOption, LakeOption, console, print_rows, user_errors
 
 app = typer.Typer()
 
@@ -14,11 +14,11 @@ app = typer.Typer()
 @app.command()
 def models(lake: LakeOption = None, as_json: JsonOption = False) -> None:
     """The models of a lake, the newest first: state, MAP@12, commit, and why they serve or not."""
-    from hm_reco.registry.registry import model_rows
+    from hm_reco.registry.registry import build_model_rows
 
-    with told():
+    with user_errors():
         target = open_lake(lake)
-        show(f"models of {target.root}", model_rows(target), as_json)
+        print_rows(f"models of {target.root}", build_model_rows(target), as_json)
 
 
 VersionArgument = Annotated[
@@ -35,42 +35,42 @@ ForceModelOption = Annotated[
 def promote(
     version: VersionArgument, force: ForceModelOption = False, lake: LakeOption = None
 ) -> Lake:
-    """Make a model champion, if it beats the champion and the best simple method."""
-    from hm_reco.registry.registry import promote as make_champion
-    from hm_reco.registry.registry import seen_at_once
+    """Make a model champion, if it beats the champion and the best baseline."""
+    from hm_reco.registry.registry import promote as promote_model
+    from hm_reco.registry.registry import publish_immediately
 
-    with told():
+    with user_errors():
         target = open_lake(lake)
-        with seen_at_once(target):
-            verdict = make_champion(target, version, force)
-        word = "is champion now" if verdict.allowed else "is champion now, by force"
-        console.print(f"{version} {word}: {verdict}", highlight=False)
+        with publish_immediately(target):
+            check = promote_model(target, version, force)
+        outcome = "is champion now" if check.allowed else "is champion now, by force"
+        console.print(f"{version} {outcome}: {check}", highlight=False)
     return target
 
 
 @app.command()
 def rollback(lake: LakeOption = None) -> Lake:
     """Take back the last promotion: the champion before serves again."""
-    from hm_reco.registry.registry import rollback as take_back
-    from hm_reco.registry.registry import seen_at_once
+    from hm_reco.registry.registry import publish_immediately
+    from hm_reco.registry.registry import rollback as roll_back
 
-    with told():
+    with user_errors():
         target = open_lake(lake)
-        with seen_at_once(target):
-            before, now = take_back(target)
-        console.print(f"{now} serves again, {before} is retired", highlight=False)
+        with publish_immediately(target):
+            previous, current = roll_back(target)
+        console.print(f"{current} serves again, {previous} is retired", highlight=False)
     return target
 
 
 @app.command()
 def recommend(customer_id: str, lake: LakeOption = None, as_json: JsonOption = False) -> None:
     """Show the articles that the last run recommends to a customer."""
-    from hm_reco.serving.predictions import recommended
+    from hm_reco.serving.predictions import read_recommendations
 
-    with told():
-        rows, known = recommended(open_lake(lake), customer_id)
-        whom = f"{customer_id[:12]}…" if known else "a customer nobody knows"
-        show(f"For {whom}", rows, as_json)
+    with user_errors():
+        rows, is_known = read_recommendations(open_lake(lake), customer_id)
+        customer_label = f"{customer_id[:12]}…" if is_known else "a customer nobody knows"
+        print_rows(f"For {customer_label}", rows, as_json)
 
 
 @app.command()
@@ -80,6 +80,6 @@ def submission(
     """Write all customers' 12 articles in Kaggle's submission format."""
     from hm_reco.serving.predictions import write_submission
 
-    with told():
+    with user_errors():
         rows = write_submission(open_lake(lake), out)
         console.print(f"{out}: {rows:,} customers", highlight=False)

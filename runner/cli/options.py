@@ -36,7 +36,9 @@ StagesArgument = Annotated[list[str] | None, typer.Argument(help="Stages; defaul
 
 DataOption = Annotated[
     str | None,
-    typer.Option(help="Folder, file, zip, s3://, https:// or database; default: a sample world."),
+    typer.Option(
+        help="Folder, file, zip, s3://, https:// or database; default: a synthetic data set."
+    ),
 ]
 
 
@@ -65,15 +67,15 @@ WriteOption = Annotated[
 ]
 
 
-def library_hooks() -> Hooks:
+def get_library_hooks() -> Hooks:
     """What the runner asks of the library."""
     from hm_reco.data.sources import fingerprint
-    from hm_reco.registry.registry import model_rows
+    from hm_reco.registry.registry import build_model_rows
 
-    return Hooks(fingerprint, model_rows)
+    return Hooks(fingerprint, build_model_rows)
 
 
-def show(title: str, rows: Sequence[Mapping[str, Any]], as_json: bool = False) -> None:
+def print_rows(title: str, rows: Sequence[Mapping[str, Any]], as_json: bool = False) -> None:
     """Print rows that have the same columns, as a table without empty ones, or as JSON."""
     if as_json:
         return print(json.dumps(rows, default=str, indent=2))
@@ -81,9 +83,9 @@ def show(title: str, rows: Sequence[Mapping[str, Any]], as_json: bool = False) -
     rows = [{n: value for n, value in row.items() if n not in empty} for row in rows]
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for name in rows[0] if rows else ():
-        number = isinstance(rows[0][name], int | float)
-        last = name == list(rows[0])[-1]
-        table.add_column(name, justify="right" if number else "left", no_wrap=not last)
+        is_number = isinstance(rows[0][name], int | float)
+        is_last = name == list(rows[0])[-1]
+        table.add_column(name, justify="right" if is_number else "left", no_wrap=not is_last)
     for row in rows:
         table.add_row(*(Text(str(value)) for value in row.values()))
     console.print(table if rows else title)
@@ -91,13 +93,20 @@ def show(title: str, rows: Sequence[Mapping[str, Any]], as_json: bool = False) -
 
 
 @contextmanager
-def told(*more: type[Exception]) -> Iterator[None]:
-    """What a user can mend (and `more`) ends the command with its message, not a traceback."""
+def user_errors(*extra: type[Exception]) -> Iterator[None]:
+    """What a user can mend (and `extra`) ends the command with its message, not a traceback."""
     s3 = (BotoCoreError, ClientError)
-    known: tuple[type[Exception], ...] = (ValueError, LookupError, OSError, LeaseError, *s3, *more)
+    handled: tuple[type[Exception], ...] = (
+        ValueError,
+        LookupError,
+        OSError,
+        LeaseError,
+        *s3,
+        *extra,
+    )
     try:
         yield
-    except known as err:
+    except handled as err:
         text = str(err.args[0] if isinstance(err, KeyError) else err)
         if isinstance(err, s3):
             text = f"S3: {text.rstrip('.')}; expected a bucket that is there and that we may use"

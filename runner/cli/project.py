@@ -6,40 +6,40 @@ from typing import Annotated, Any
 
 import typer
 
-from runner.cli.options import JsonOption, WriteOption, console, show, told
+from runner.cli.options import JsonOption, WriteOption, console, print_rows, user_errors
 
 app = typer.Typer()
 
 
 @app.command()
-def check() -> None:
+def check_export() -> None:
     """Was a module of the library edited by hand? If so, how to bring that into its notebook."""
-    from hm_reco.lake.fingerprint import PACKAGE, edited_by_hand
+    from hm_reco.lake.fingerprint import PACKAGE_ROOT, find_unsynced_modules
 
-    with told():
-        found = edited_by_hand(PACKAGE.parent)
-        for module, notebook in found.items():
+    with user_errors():
+        unsynced = find_unsynced_modules(PACKAGE_ROOT.parent)
+        for module, notebook in unsynced.items():
             text = f"{module} was edited, {notebook} was not; the next export overwrites it."
             console.print(text, highlight=False)
             console.print(f"  nbdev-update --fname {module}   brings the change into the notebook")
             console.print("  nbdev-export   drops it", highlight=False)
-        if found:
+        if unsynced:
             raise typer.Exit(1)
 
 
 @app.command()
-def sample(
+def generate(
     out: Annotated[Path, typer.Option(help="Folder for the three files.")],
     customers: Annotated[int, typer.Option(help="Number of customers.", min=1)] = 20_000,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same world.")] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same data.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Invent a fashion shop: articles, customers and two years of purchases, as CSV files."""
-    from hm_reco.data.synthetic import write_sample
+    from hm_reco.data.synthetic import write_synthetic
 
-    with told(), console.status(f"inventing {customers:,} customers"):
-        rows = write_sample(out, customers, seed)
-    show(str(out), [{"table": name, "rows": count} for name, count in rows.items()], as_json)
+    with user_errors(), console.status(f"generating {customers:,} customers"):
+        rows = write_synthetic(out, customers, seed)
+    print_rows(str(out), [{"table": name, "rows": count} for name, count in rows.items()], as_json)
 
 
 @app.command()
@@ -51,23 +51,26 @@ def config(
 ) -> None:
     """Show each setting, its value and where that comes from; secrets are masked."""
     from hm_reco.lake.settings import (
-        aws_schema,
+        build_aws_schema,
         explain_settings,
         find_settings_file,
-        settings_page,
+        render_settings_page,
     )
 
-    with told():
+    with user_errors():
         if not write:
             rows = list(explain_settings())
-            short = [{name: row[name] for name in ("setting", "value", "from")} for row in rows]
-            return show("Settings", rows if as_json else short, as_json)
-        home = find_settings_file()
-        if not home:
+            columns = [{name: row[name] for name in ("setting", "value", "source")} for row in rows]
+            return print_rows("Settings", rows if as_json else columns, as_json)
+        settings_file = find_settings_file()
+        if not settings_file:
             raise LookupError("no settings.ini here or above: the files belong beside it")
-        folder = home.parent / "config"
+        folder = settings_file.parent / "config"
         folder.mkdir(exist_ok=True)
-        for name, content in (("aws.schema.json", aws_schema()), ("README.md", settings_page())):
+        for name, content in (
+            ("aws.schema.json", build_aws_schema()),
+            ("README.md", render_settings_page()),
+        ):
             (folder / name).write_text(content, encoding="utf-8")
         return console.print(f"written: {folder}/aws.schema.json, README.md", soft_wrap=True)
 
@@ -78,55 +81,55 @@ def new_stage(
     after: Annotated[str, typer.Option(help="The stage that it comes after.")] = "processing",
 ) -> None:
     """Begin a stage of your own: a notebook that runs, its place in the graph, its test."""
-    from runner.scaffold import new_stage as begin
+    from runner.scaffold import new_stage as create_stage
 
-    with told():
+    with user_errors():
         console.print("running the notebook once, on a small shop ...")
-        for path in begin(name, after):
+        for path in create_stage(name, after):
             console.print(f"written  {path}", soft_wrap=True, highlight=False)
     console.print(f"next     open it (make lab), hm run {name}, make test", highlight=False)
 
 
-deploy_app = typer.Typer(help="Write what a cluster needs to run the pipeline.")
+manifests_app = typer.Typer(help="Write what a cluster needs to run the pipeline.")
 
 
-app.add_typer(deploy_app, name="deploy")
+app.add_typer(manifests_app, name="manifests")
 
 
-@deploy_app.callback()
-def deploy() -> None:
+@manifests_app.callback()
+def manifests() -> None:
     """Write what a cluster needs to run the pipeline."""
 
 
-def _deliver(name: str, render: Callable[[list[Any]], str], write: bool) -> None:
-    from runner.deployment import steps_of, write_manifest
+def _output_manifest(name: str, render: Callable[[list[Any]], str], write: bool) -> None:
+    from runner.deployment import build_steps, write_manifest_file
     from runner.graph import load_pipeline
 
-    with told():
-        text = render(steps_of(load_pipeline()))
+    with user_errors():
+        text = render(build_steps(load_pipeline()))
         if write:
-            console.print(f"written: {write_manifest(name, text)}", soft_wrap=True)
+            console.print(f"written: {write_manifest_file(name, text)}", soft_wrap=True)
         else:
             print(text, end="")
 
 
-@deploy_app.command()
+@manifests_app.command()
 def argo(
     schedule: Annotated[str, typer.Option(help="When, as cron says it, in UTC.")] = "0 3 * * *",
     write: WriteOption = False,
 ) -> None:
     """The graph of stages as a WorkflowTemplate and a CronWorkflow of Argo."""
-    from runner.backends.argo import workflows
+    from runner.backends.argo import build_workflows
 
-    _deliver("argo", lambda steps: workflows(steps, schedule), write)
+    _output_manifest("argo", lambda steps: build_workflows(steps, schedule), write)
 
 
-@deploy_app.command()
+@manifests_app.command()
 def ray(
     workers: Annotated[int, typer.Option(min=1, help="Machines beside the head.")] = 2,
     write: WriteOption = False,
 ) -> None:
     """The graph of stages as a RayJob of KubeRay, with a cluster of its own."""
-    from runner.backends.kuberay import ray_job
+    from runner.backends.kuberay import build_ray_job
 
-    _deliver("ray", lambda steps: ray_job(steps, workers), write)
+    _output_manifest("ray", lambda steps: build_ray_job(steps, workers), write)

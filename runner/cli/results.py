@@ -9,32 +9,32 @@ import typer
 from hm_reco.lake.storage import Lake
 from runner.cli.options import (
     console,
-    show,
+    print_rows,
 )
 
 
 def show_alerts(lake: Lake, fail_on: str = "") -> None:
     """Print the alerts of the newest report on the data; exit code 1 at `fail_on` or above."""
-    from hm_reco.lake.runs import read_ledger
+    from hm_reco.lake.runs import read_runs
 
-    reports = [e.report for e in read_ledger(lake) if e.stage == "eda" and e.report]
+    reports = [e.report for e in read_runs(lake) if e.stage == "eda" and e.report]
     if not reports:
         raise LookupError(f"no report on the data of {lake.root}: hm eda --lake {lake.root}")
     path = lake.path(*reports[-1].removesuffix(".html").split("/")).with_suffix(".json")
-    found = [
-        {"level": alert["level"], "section": section["title"], "what": alert["text"]}
+    alerts = [
+        {"level": alert["level"], "section": section["title"], "text": alert["text"]}
         for section in json.loads(path.read_text())["sections"]
         for alert in section["alerts"]
     ]
-    show("Alerts" if found else "Nothing stands out.", found)
+    print_rows("Alerts" if alerts else "Nothing stands out.", alerts)
     console.print(f"report  {path.with_suffix('.html')}", soft_wrap=True, highlight=False)
-    if any(fail_on in ("notice", row["level"]) for row in found):
+    if any(fail_on in ("warning", row["level"]) for row in alerts):
         raise typer.Exit(1)
 
 
 def show_results(lake: Lake, metrics: Mapping[str, Mapping[str, Any]]) -> None:
     """Print what the manifests of training and inference say, by stage, if they are among them."""
-    from hm_reco.serving.predictions import recommended
+    from hm_reco.serving.predictions import read_recommendations
 
     if training := metrics.get("training"):
         rows = [
@@ -42,12 +42,12 @@ def show_results(lake: Lake, metrics: Mapping[str, Mapping[str, Any]]) -> None:
             for name, (mean, low, high) in training["map12"].items()
         ]
         weeks = f"{training['customer_weeks']:,} customer-weeks"
-        show(f"Before {training['as_of']}, {weeks}", rows)
-        mean, low, high = training["lead"]
-        over = f"lead of the ranker over {training['best_baseline']!r}"
-        line = f"{over}: {mean:.4f} ({low:.4f} .. {high:.4f})"
+        print_rows(f"Before {training['as_of']}, {weeks}", rows)
+        mean, low, high = training["improvement"]
+        label = f"improvement of the ranker over {training['best_baseline']!r}"
+        line = f"{label}: {mean:.4f} ({low:.4f} .. {high:.4f})"
         console.print(line, highlight=False, soft_wrap=True)
         console.print(f"{training['promotion']}\n", highlight=False)
-    for kind, customer_id in metrics.get("inference", {}).get("examples", {}).items():
-        rows, _ = recommended(lake, customer_id)
-        show(f"For a {kind} customer, {customer_id[:12]}…", rows[:4])
+    for group, customer_id in metrics.get("inference", {}).get("examples", {}).items():
+        rows, _ = read_recommendations(lake, customer_id)
+        print_rows(f"For a {group} customer, {customer_id[:12]}…", rows[:4])

@@ -1,4 +1,4 @@
-"""Commands that run stages: run, ingest, plan, params, sweep, repeat, predict, eda."""
+"""Commands that run stages: run, ingest, plan, params, sweep, reproduce, predict, eda."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hm_reco.lake.published import read_vouched
+from hm_reco.lake.published import read_published
 from hm_reco.lake.storage import Lake, open_lake
 from runner.cli.options import (
     DataOption,
@@ -23,44 +23,50 @@ from runner.cli.options import (
     VerboseOption,
     WaitOption,
     console,
-    library_hooks,
-    show,
-    told,
+    get_library_hooks,
+    print_rows,
+    user_errors,
 )
 from runner.cli.results import show_alerts, show_results
 
 app = typer.Typer()
 
 
-def _jobs(
-    stages: Sequence[str], data: str | None, parameters: Sequence[str], file: Path | None, run: str
+def _build_jobs(
+    stages: Sequence[str],
+    data: str | None,
+    parameters: Sequence[str],
+    parameter_file: Path | None,
+    run_id: str,
 ) -> list[Any]:
     """The stages to be run with their parameters; all that is wrong with them is said at once."""
-    from runner.graph import choose, load_pipeline
-    from runner.parameters import parse_assignments, read_file, resolve
+    from runner.graph import load_pipeline, select_stages
+    from runner.parameters import parse_assignments, read_parameter_file, resolve
     from runner.stage import Job
 
-    chosen = choose(load_pipeline(), stages)
-    given = parse_assignments(parameters)
+    selected = select_stages(load_pipeline(), stages)
+    assignments = parse_assignments(parameters)
     if data is not None:
-        local = "://" not in data
-        given["data"] = str(Path(data).expanduser().resolve()) if local else data
-    from_file = read_file(file) if file else {}
-    resolved = resolve(chosen, (str(file), from_file), ("-p", given))
-    return [Job(stage, resolved[stage.name], run) for stage in chosen]
+        is_local = "://" not in data
+        assignments["data"] = str(Path(data).expanduser().resolve()) if is_local else data
+    from_file = read_parameter_file(parameter_file) if parameter_file else {}
+    resolved = resolve(selected, (str(parameter_file), from_file), ("-p", assignments))
+    return [Job(stage, resolved[stage.name], run_id) for stage in selected]
 
 
-def _run(lake: Lake, jobs: Sequence[Any], board: Any, limit: int, force: bool, wait: float | None):
+def _run_with_leases(
+    lake: Lake, jobs: Sequence[Any], display: Any, limit: int, force: bool, wait: float | None
+):
     """Run jobs under the leases of their stages."""
-    from hm_reco.lake.lease import leases
-    from runner.execute import run_jobs
+    from hm_reco.lake.lease import hold_leases
+    from runner.scheduler import run_jobs
 
-    def lost() -> None:
-        board.say("the lease was taken away by another run: ending this one", "red")
+    def on_lost() -> None:
+        display.log("the lease was taken away by another run: ending this one", "red")
         os.kill(os.getpid(), signal.SIGTERM)
 
-    with leases(lake, [job.stage.name for job in jobs], wait, board.say, lost):
-        return run_jobs(lake, jobs, board, library_hooks(), limit, force)
+    with hold_leases(lake, [job.stage.name for job in jobs], wait, display.log, on_lost):
+        return run_jobs(lake, jobs, display, get_library_hooks(), limit, force)
 
 
 @app.command()
@@ -76,8 +82,9 @@ def run(
     run_id: Annotated[
         str, typer.Option("--run-id", help="Name of the run; one that exists goes on.")
     ] = "",
-    on: Annotated[
-        str, typer.Option("--on", help="ray: each stage as a job of the cluster HM_CLUSTER.")
+    backend: Annotated[
+        str,
+        typer.Option("--backend", help="ray: each stage as a job of the cluster HM_RAY_ADDRESS."),
     ] = "",
     wait: WaitOption = None,
     verbose: VerboseOption = False,
@@ -85,40 +92,42 @@ def run(
 ) -> None:
     """Run the stages' notebooks into a lake; what has not changed is not run again."""
     from hm_reco.compute.cluster import ClusterError
-    from hm_reco.lake.runs import named_run, new_run_id
+    from hm_reco.lake.runs import generate_run_id, validate_run_id
     from runner.backends.ray_jobs import BackendError
-    from runner.board import Board
-    from runner.execute import StageError
-    from runner.graph import choose, load_pipeline
-    from runner.graph import upstream as before
+    from runner.display import RunDisplay
+    from runner.graph import list_upstream as list_upstream
+    from runner.graph import load_pipeline, select_stages
+    from runner.scheduler import StageError
 
-    with told(StageError, ClusterError, BackendError):
-        if on not in ("", "ray"):
-            raise ValueError(f"--on {on}: expected ray")
-        run_id, target = named_run(run_id) if run_id else new_run_id(), open_lake(lake)
+    with user_errors(StageError, ClusterError, BackendError):
+        if backend not in ("", "ray"):
+            raise ValueError(f"--backend {backend}: expected ray")
+        run_id, target = validate_run_id(run_id) if run_id else generate_run_id(), open_lake(lake)
         if upstream and stages:
-            chosen = [stage.name for stage in choose(load_pipeline(), stages)]
-            stages = before(load_pipeline(), chosen)
-        todo = _jobs(stages or [], data, parameter or [], params, run_id)
-        board = Board(console, verbose, as_json)
-        if on:
+            selected = [stage.name for stage in select_stages(load_pipeline(), stages)]
+            stages = list_upstream(load_pipeline(), selected)
+        stage_jobs = _build_jobs(stages or [], data, parameter or [], params, run_id)
+        display = RunDisplay(console, verbose, as_json)
+        if backend:
             from runner.backends.ray import run_on_ray
 
-            entries = run_on_ray(target, todo, board, library_hooks(), jobs, force)
+            stage_runs = run_on_ray(target, stage_jobs, display, get_library_hooks(), jobs, force)
         else:
-            entries = _run(target, todo, board, jobs, force, wait)
+            stage_runs = _run_with_leases(target, stage_jobs, display, jobs, force, wait)
     if as_json:
-        return print(json.dumps([vars(entry) for entry in entries], default=str, indent=2))
-    if all(entry.state == "reused" for entry in entries):
+        return print(
+            json.dumps([vars(stage_run) for stage_run in stage_runs], default=str, indent=2)
+        )
+    if all(stage_run.state == "cached" for stage_run in stage_runs):
         console.print("nothing to do: no stage's code, parameters or data changed (--force)")
     console.print()
     target = open_lake(lake)
-    show_results(target, {entry.stage: entry.metrics for entry in entries})
+    show_results(target, {stage_run.stage: stage_run.metrics for stage_run in stage_runs})
     suffix = f" --lake {lake}" if lake else ""
     index = target.path("reports", "index.html")
     console.print(f"reports  {index}, or: hm report{suffix}", soft_wrap=True, highlight=False)
-    serve = f"hm serve{suffix}" if lake else "make serve"
-    console.print(f"serve    {serve}", soft_wrap=True, highlight=False)
+    serve_command = f"hm serve{suffix}" if lake else "make serve"
+    console.print(f"serve    {serve_command}", soft_wrap=True, highlight=False)
     return None
 
 
@@ -134,29 +143,40 @@ def ingest(
     as_json: JsonOption = False,
 ) -> None:
     """Read the declared sources; with --due as often as you like, every minute say."""
-    from hm_reco.data.ingest_log import last_read, read_loads
-    from hm_reco.data.sources import declare, due_sources
+    from hm_reco.data.ingest_log import get_last_loaded_at, read_loads
+    from hm_reco.data.sources import parse_sources, select_due_sources
     from hm_reco.lake.lease import LeaseError
-    from hm_reco.lake.runs import new_run_id
-    from runner.board import Board
-    from runner.execute import StageError
+    from hm_reco.lake.runs import generate_run_id
+    from runner.display import RunDisplay
+    from runner.scheduler import StageError
 
-    given, run_id, entries = list(parameter or []), new_run_id(), []
-    with told(StageError):
-        target, [job] = open_lake(lake), _jobs(["ingestion"], None, given, params, run_id)
-        sources = declare(job.parameters.values["sources"])
-        names = due_sources(sources, last_read(read_loads(target))) if due else []
+    assignments, run_id, stage_runs = list(parameter or []), generate_run_id(), []
+    with user_errors(StageError):
+        target, [job] = (
+            open_lake(lake),
+            _build_jobs(["ingestion"], None, assignments, params, run_id),
+        )
+        sources = parse_sources(job.parameters.values["sources"])
+        names = select_due_sources(sources, get_last_loaded_at(read_loads(target))) if due else []
         if names or not due:
-            todo = _jobs(["ingestion"], None, [*given, f"only={json.dumps(names)}"], params, run_id)
-            board = Board(console, verbose, as_json)
+            stage_jobs = _build_jobs(
+                ["ingestion"],
+                None,
+                [*assignments, f"only_sources={json.dumps(names)}"],
+                params,
+                run_id,
+            )
+            display = RunDisplay(console, verbose, as_json)
             try:
-                entries = _run(target, todo, board, 1, force=due, wait=0 if due else None)
+                stage_runs = _run_with_leases(
+                    target, stage_jobs, display, 1, force=due, wait=0 if due else None
+                )
             except LeaseError as err:
                 if not due:
                     raise
-                board.say(f"{err}; what is due will be read the next time")
+                display.log(f"{err}; what is due will be read the next time")
     if as_json:
-        print(json.dumps([vars(entry) for entry in entries], default=str, indent=2))
+        print(json.dumps([vars(stage_run) for stage_run in stage_runs], default=str, indent=2))
     elif not names and due:
         console.print(f"nothing is due of {len(sources)} sources")
 
@@ -171,47 +191,55 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Show which stages `hm run` would run now, and why."""
-    from hm_reco.lake.runs import read_ledger
+    from hm_reco.lake.runs import read_runs
     from runner.cache import decide
 
-    with told():
-        target, rows, runs = open_lake(lake), [], set[str]()
-        entries, vouched = read_ledger(target), read_vouched(target)
-        for job in _jobs(stages or [], data, parameter or [], params, "plan"):
+    with user_errors():
+        target, rows, to_run = open_lake(lake), [], set[str]()
+        stage_runs, published = read_runs(target), read_published(target)
+        for job in _build_jobs(stages or [], data, parameter or [], params, "plan"):
             decision = decide(
-                vouched, job.stage, job.parameters.values, entries, library_hooks().fingerprint
+                published,
+                job.stage,
+                job.parameters.values,
+                stage_runs,
+                get_library_hooks().fingerprint,
             )
-            before = [name for name in job.stage.after if name in runs]
-            why = f"after {', '.join(before)}" if before and decision.reuse else decision.reason
-            if before or not decision.reuse:
-                runs.add(job.stage.name)
-            if decision.reuse and not before:
-                why = f"unchanged since run {decision.reuse.run_id}"
-            does = "run" if job.stage.name in runs else "reuse"
-            rows.append({"stage": job.stage.name, "would": does, "why": why})
-        show("Plan", rows, as_json)
+            waits_for = [name for name in job.stage.after if name in to_run]
+            reason = (
+                f"after {', '.join(waits_for)}"
+                if waits_for and decision.cached_run
+                else decision.reason
+            )
+            if waits_for or not decision.cached_run:
+                to_run.add(job.stage.name)
+            if decision.cached_run and not waits_for:
+                reason = f"unchanged since run {decision.cached_run.run_id}"
+            action = "run" if job.stage.name in to_run else "cached"
+            rows.append({"stage": job.stage.name, "action": action, "reason": reason})
+        print_rows("Plan", rows, as_json)
 
 
 @app.command()
 def params(stage: str, as_json: JsonOption = False) -> None:
     """List a stage's parameters: type, default, value in a whole run, meaning."""
-    from runner.graph import choose, load_pipeline
-    from runner.parameters import read_parameters, resolve, type_name
+    from runner.graph import load_pipeline, select_stages
+    from runner.parameters import format_type, read_parameters, resolve
 
-    with told():
-        [chosen] = choose(load_pipeline(), [stage])
-        values = resolve([chosen])[stage].values
+    with user_errors():
+        [selected] = select_stages(load_pipeline(), [stage])
+        values = resolve([selected])[stage].values
         rows = [
             {
                 "parameter": p.name,
-                "type": type_name(p.annotation),
+                "type": format_type(p.annotation),
                 "default": "required" if p.default is ... else repr(p.default),
                 "in a run": "" if values[p.name] == p.default else repr(values[p.name]),
                 "meaning": p.help,
             }
-            for p in read_parameters(chosen.notebook)
+            for p in read_parameters(selected.notebook)
         ]
-        show(f"Parameters of {stage}", rows, as_json)
+        print_rows(f"Parameters of {stage}", rows, as_json)
 
 
 @app.command()
@@ -227,38 +255,43 @@ def sweep(
     as_json: JsonOption = False,
 ) -> None:
     """Run a stage once for each value of a list: -p learning_rate=[0.03,0.1]; lists make a grid."""
-    from hm_reco.lake.runs import new_run_id
-    from reports.pages import headline
-    from runner.again import trials
-    from runner.board import Board
-    from runner.execute import StageError
-    from runner.graph import choose, load_pipeline
-    from runner.parameters import parse_assignments, read_file
+    from hm_reco.lake.runs import generate_run_id
+    from reports.pages import get_headline_figures
+    from runner.display import RunDisplay
+    from runner.graph import load_pipeline, select_stages
+    from runner.parameters import parse_assignments, read_parameter_file
     from runner.render import render_sweep
+    from runner.rerun import build_trials
+    from runner.scheduler import StageError
     from runner.stage import Job
 
-    with told(StageError):
-        target, sweep_id = open_lake(lake), new_run_id()
-        [chosen] = choose(load_pipeline(), [stage])
-        given = parse_assignments(parameter or [])
-        found = trials(chosen, given, read_file(params) if params else {}, sweep_id)
-        todo = [Job(chosen, resolved, run_id) for run_id, (_, resolved) in found.items()]
-        board = Board(console, verbose, as_json)
+    with user_errors(StageError):
+        target, sweep_id = open_lake(lake), generate_run_id()
+        [selected] = select_stages(load_pipeline(), [stage])
+        assignments = parse_assignments(parameter or [])
+        trials = build_trials(
+            selected, assignments, read_parameter_file(params) if params else {}, sweep_id
+        )
+        stage_jobs = [Job(selected, resolved, run_id) for run_id, (_, resolved) in trials.items()]
+        display = RunDisplay(console, verbose, as_json)
         try:
             # trials that write the same tables take turns; which do not, the pipeline declares
-            limit = jobs if chosen.sweep else 1
-            entries, failure = _run(target, todo, board, limit, force, wait), None
+            limit = jobs if selected.sweep else 1
+            stage_runs, failure = (
+                _run_with_leases(target, stage_jobs, display, limit, force, wait),
+                None,
+            )
         except StageError as err:
-            entries, failure = err.ended, err
-        varied = {run_id: values for run_id, (values, _) in found.items()}
-        entries = sorted(entries, key=lambda e: list(varied).index(e.run_id))
-        render_sweep(target, sweep_id, varied, entries)
+            stage_runs, failure = err.stage_runs, err
+        varied = {run_id: values for run_id, (values, _) in trials.items()}
+        stage_runs = sorted(stage_runs, key=lambda e: list(varied).index(e.run_id))
+        render_sweep(target, sweep_id, varied, stage_runs)
         rows = [
             {"trial": e.run_id.rpartition("-")[2], **varied[e.run_id], "state": e.state}
-            | headline(e, {stage: chosen})
-            for e in entries
+            | get_headline_figures(e, {stage: selected})
+            for e in stage_runs
         ]
-        show(f"Sweep {sweep_id}", rows, as_json)
+        print_rows(f"Sweep {sweep_id}", rows, as_json)
         if not as_json:
             console.print(f"report  {target.path('reports', sweep_id, 'index.html')}")
         if failure:
@@ -266,46 +299,51 @@ def sweep(
 
 
 @app.command()
-def repeat(
+def reproduce(
     run_id: str,
     lake: LakeOption = None,
-    into: Annotated[str | None, typer.Option(help="Keep the repetition in this new lake.")] = None,
+    into: Annotated[
+        str | None, typer.Option(help="Keep the reproduced run in this new lake.")
+    ] = None,
     verbose: VerboseOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run a run again, with its code, parameters and table versions: do the metrics agree?"""
-    from runner.again import repeat as run_again
-    from runner.board import Board
-    from runner.execute import StageError
+    from runner.display import RunDisplay
+    from runner.rerun import reproduce_run as reproduce_run
+    from runner.scheduler import StageError
 
-    with told(StageError):
-        rows = run_again(
-            open_lake(lake), run_id, into, Board(console, verbose, as_json), library_hooks()
+    with user_errors(StageError):
+        rows = reproduce_run(
+            open_lake(lake),
+            run_id,
+            into,
+            RunDisplay(console, verbose, as_json),
+            get_library_hooks(),
         )
-        show(f"Repetition of run {run_id}", rows, as_json)
+        print_rows(f"Reproduction of run {run_id}", rows, as_json)
     if not all(row["agree"] for row in rows):
         raise typer.Exit(1)
 
 
 @app.command()
 def predict(
-    everybody: Annotated[bool, typer.Option("--all", help="Required: for all customers.")],
     lake: LakeOption = None,
     shards: Annotated[int, typer.Option(min=1, help="Buckets of customers, each kept.")] = 8,
 ) -> None:
-    """Everybody's list into predictions/, by the stage inference; interrupted, it goes on."""
+    """Write the lists of all customers to predictions/, by the stage inference; interrupted, it goes on."""
     run(["inference"], lake=lake, parameter=[f"shards={shards}"])
 
 
 @app.command()
 def eda(
     compare: Annotated[str, typer.Option(help="A version of processed/purchases, or a run.")] = "",
-    fail_on: Annotated[str, typer.Option(help="Exit code 1 at a notice or an alarm.")] = "",
+    fail_on: Annotated[str, typer.Option(help="Exit code 1 at a warning or an error.")] = "",
     lake: LakeOption = None,
 ) -> None:
     """Describe the data in a report; hold them against an earlier version, or against alerts."""
-    with told():
-        if fail_on not in ("", "notice", "alarm"):
-            raise ValueError(f"--fail-on {fail_on}: expected notice or alarm")
+    with user_errors():
+        if fail_on not in ("", "warning", "error"):
+            raise ValueError(f"--fail-on {fail_on}: expected warning or error")
         run(["eda"], lake=lake, parameter=[f"compare={compare}"] if compare else [])
         show_alerts(open_lake(lake), fail_on)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from hm_reco.lake.settings import ServiceSettings
-from runner.cli.options import LakeOption, told
+from runner.cli.options import LakeOption, user_errors
 
 app = typer.Typer()
 
@@ -21,19 +21,19 @@ def serve(
     """Serve the champion over REST, and the reports: /healthz, /predict, /reports/."""
     import uvicorn
 
-    from hm_reco.lake.logs import log_config
+    from hm_reco.lake.logs import build_log_config
 
     if lake:
         os.environ["HM_LAKE"] = lake
-    with told():
+    with user_errors():
         settings = ServiceSettings()
-        settings.key_hashes()
+        settings.parse_key_hashes()
     uvicorn.run(
         "hm_reco.stages.inference:app",
         host=host or settings.host,
         port=port or settings.port,
         workers=workers,
-        log_config=log_config(settings.log_level),
+        log_config=build_log_config(settings.log_level),
         access_log=False,  # the service logs its answers itself
         server_header=False,
     )

@@ -1,4 +1,4 @@
-"""One line on the model that serves, for a commit message: python -m deploy.note MODELS.json.
+"""One line on the model that serves, for a commit message: python -m deploy.champion_summary MODELS.json.
 
 The file is what `hm models --json` prints.
 """
@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 
-def note(models: Sequence[Mapping[str, Any]]) -> str:
+def summarise_champion(models: Sequence[Mapping[str, Any]]) -> str:
     """The champion in words; that there is none, where there is none."""
-    champion = next((one for one in models if one["state"].startswith("champion")), None)
+    champion = next((model for model in models if model["state"].startswith("champion")), None)
     if champion is None:
         return "no model serves yet"
     return (
@@ -22,4 +22,4 @@ def note(models: Sequence[Mapping[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    print(note(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
+    print(summarise_champion(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))

@@ -27,19 +27,19 @@ def _count_oom_kills() -> int:
 
 
 @dataclass
-class Watch:
+class StageMonitor:
     """A stage that runs. The thread that runs it writes; the board and the time limit read."""
 
     stage: str
     run_id: str = ""
     attempt: int = 1
-    cells: int = 0
+    n_cells: int = 0
     cell: int = 0
     heading: str = ""
-    note: str = ""  # the newest line of progress
-    started: float = field(default_factory=time.monotonic)
+    progress: str = ""  # the newest line of progress
+    started_at: float = field(default_factory=time.monotonic)
     process: Popen[bytes] | None = None
-    ordered: Outcome | None = None  # why we ended the process, if we did
+    stop_reason: Outcome | None = None  # why we ended the process, if we did
     peak_memory_mb: float = 0.0  # resident, the kernel with all its children
     cpu_seconds: float = 0.0
     oom_kills: int = field(default_factory=_count_oom_kills)
@@ -47,11 +47,11 @@ class Watch:
     @property
     def seconds(self) -> float:
         """Time since the start."""
-        return time.monotonic() - self.started
+        return time.monotonic() - self.started_at
 
     def restart(self) -> None:
         """Forget all of this attempt, for the next one."""
-        fresh = Watch(self.stage, self.run_id, self.attempt + 1)
+        fresh = StageMonitor(self.stage, self.run_id, self.attempt + 1)
         self.__dict__.update(fresh.__dict__)
 
     def attach(self, process: Popen[bytes]) -> None:
@@ -59,36 +59,36 @@ class Watch:
         self.process = process
         with contextlib.suppress(OSError):  # when memory runs out, the kernel goes, not the runner
             Path(f"/proc/{process.pid}/oom_score_adj").write_text("500")
-        if self.ordered:
-            _kill(process.pid)
+        if self.stop_reason:
+            _kill_process_tree(process.pid)
 
-    def end(self, outcome: Outcome) -> None:
+    def stop(self, outcome: Outcome) -> None:
         """Kill the kernel and its children, for the reason given."""
-        self.ordered = self.ordered or outcome
+        self.stop_reason = self.stop_reason or outcome
         if self.process and self.process.poll() is None:
-            _kill(self.process.pid)
+            _kill_process_tree(self.process.pid)
 
     def sample(self) -> None:
         """Note memory and CPU time of the kernel and its children as they are now."""
         with contextlib.suppress(psutil.Error):
             if self.process:
                 kernel = psutil.Process(self.process.pid)
-                family = [kernel, *kernel.children(recursive=True)]
-                memory = sum(p.memory_info().rss for p in family) / 1e6
-                cpu = sum(sum(p.cpu_times()[:4]) for p in family)
+                processes = [kernel, *kernel.children(recursive=True)]
+                memory = sum(p.memory_info().rss for p in processes) / 1e6
+                cpu = sum(sum(p.cpu_times()[:4]) for p in processes)
                 self.peak_memory_mb = max(self.peak_memory_mb, memory)
                 self.cpu_seconds = max(self.cpu_seconds, cpu)
 
-    def verdict(self) -> Outcome | None:
+    def get_exit_outcome(self) -> Outcome | None:
         """How the kernel's process ended, if it did before it was asked to."""
-        if self.ordered:
-            return self.ordered
+        if self.stop_reason:
+            return self.stop_reason
         code = self.process.poll() if self.process else None
         if code is None:
             return None
         if code >= 0:
-            lost = "; so it ends when its Ray cluster is lost" if Settings().cluster else ""
-            return Outcome("killed", f"the kernel ended by itself with exit code {code}{lost}")
+            hint = "; so it ends when its Ray cluster is lost" if Settings().ray_address else ""
+            return Outcome("killed", f"the kernel ended by itself with exit code {code}{hint}")
         cause = f"the kernel was killed by {signal.Signals(-code).name}"
         if code == -signal.SIGKILL:
             peak = f"its memory peaked at {self.peak_memory_mb:.0f} MB"
@@ -99,7 +99,7 @@ class Watch:
         return Outcome("killed", cause)
 
 
-def _kill(pid: int) -> None:
+def _kill_process_tree(pid: int) -> None:
     with contextlib.suppress(psutil.Error):
         kernel = psutil.Process(pid)
         for process in [*kernel.children(recursive=True), kernel]:
@@ -108,20 +108,20 @@ def _kill(pid: int) -> None:
 
 
 @contextlib.contextmanager
-def watching(watch: Watch, timeout: float | None) -> Iterator[None]:
+def monitoring(monitor: StageMonitor, timeout: float | None) -> Iterator[None]:
     """Sample a stage's cost until it ends, and end it when it takes longer than `timeout`."""
-    done = threading.Event()
+    finished = threading.Event()
 
-    def look() -> None:
-        while not done.wait(SAMPLE_SECONDS):
-            watch.sample()
-            if timeout and watch.seconds > timeout:
-                watch.end(Outcome("timeout", f"the time limit of {timeout:g} s was reached"))
+    def poll() -> None:
+        while not finished.wait(SAMPLE_SECONDS):
+            monitor.sample()
+            if timeout and monitor.seconds > timeout:
+                monitor.stop(Outcome("timeout", f"the time limit of {timeout:g} s was reached"))
 
-    thread = threading.Thread(target=look, daemon=True)
+    thread = threading.Thread(target=poll, daemon=True)
     thread.start()
     try:
         yield
     finally:
-        done.set()
+        finished.set()
         thread.join()

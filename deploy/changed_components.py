@@ -1,4 +1,4 @@
-"""Which components a change touches: python -m deploy.changed --base SHA [--head SHA].
+"""Which components a change touches: python -m deploy.changed_components --base SHA [--head SHA].
 
 Prints a JSON list for a workflow's matrix. A component is a stage; it is touched by its notebook,
 by the modules that this needs (their notebooks, too), and by what all have in common. A file that
@@ -13,61 +13,61 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from hm_reco.lake.fingerprint import code_key
+from hm_reco.lake.fingerprint import fingerprint_notebook
 
 ROOT = Path(__file__).parents[1]
 NO_BASE = "0" * 40  # what GitHub names as the base of a new branch
-IN_NO_IMAGE = ("docs/", "tests/", "bench/", "nbs/explore/", ".github/", "deploy/", "config/")
-IN_IMAGES = ("deploy/entrypoint.sh",)
-NOT_BUILT = re.compile(
+UNBUILT_PATHS = ("docs/", "tests/", "bench/", "nbs/explore/", ".github/", "deploy/", "config/")
+BUILT_PATHS = ("deploy/entrypoint.sh",)
+UNBUILT_FILES = re.compile(
     r"nbs/00_start\.ipynb|hm_reco/_modidx\.py|[A-Z]+\.md|LICENSE|mkdocs\.yml|\.(?!dockerignore).*"
 )
-GROUND = ("hm_reco.lake.", "hm_reco.api.warm_up")  # part of every image
-EXPORTED = re.compile(r"^#\| default_exp ([\w.]+)$", re.MULTILINE)
+BASE_MODULES = ("hm_reco.lake.", "hm_reco.api.warm_up")  # part of every image
+EXPORT_DIRECTIVE = re.compile(r"^#\| default_exp ([\w.]+)$", re.MULTILINE)
 
 
 class DetectionError(RuntimeError):
     """What has changed cannot be told."""
 
 
-def components(root: Path = ROOT) -> dict[str, Path]:
+def list_components(root: Path = ROOT) -> dict[str, Path]:
     """Each stage and its notebook."""
     paths = sorted((root / "nbs" / "stages").glob("[1-9]*.ipynb"))
     return {path.stem.partition("_")[2]: path for path in paths}
 
 
-def _module_of(path: str, root: Path) -> str | None:
+def _find_module(path: str, root: Path) -> str | None:
     """The module that a notebook exports, or that a file of the library is."""
     if path.startswith("hm_reco/") and path.endswith(".py"):
         return path.removesuffix(".py").replace("/", ".")
     if path.startswith("nbs/") and (root / path).is_file():
         cells = json.loads((root / path).read_text(encoding="utf-8"))["cells"]
         for cell in cells:
-            if found := EXPORTED.search("".join(cell["source"])):
-                return f"hm_reco.{found[1]}"
+            if match := EXPORT_DIRECTIVE.search("".join(cell["source"])):
+                return f"hm_reco.{match[1]}"
     return None
 
 
-def touched(changed: Iterable[str], root: Path = ROOT) -> list[str]:
+def find_affected(files: Iterable[str], root: Path = ROOT) -> list[str]:
     """The components that changed files touch, in the pipeline's order."""
-    stages = components(root)
-    needs = {
-        name: {f"hm_reco.stages.{name}", *code_key(path)["library"]}
+    stages = list_components(root)
+    dependencies = {
+        name: {f"hm_reco.stages.{name}", *fingerprint_notebook(path)["library"]}
         for name, path in stages.items()
     }
-    found: set[str] = set()
-    for path in changed:
-        unbuilt = path.startswith(IN_NO_IMAGE) and path not in IN_IMAGES
-        if unbuilt or NOT_BUILT.fullmatch(path):
+    affected: set[str] = set()
+    for path in files:
+        is_unbuilt = path.startswith(UNBUILT_PATHS) and path not in BUILT_PATHS
+        if is_unbuilt or UNBUILT_FILES.fullmatch(path):
             continue
-        module = _module_of(path, root)
-        if module is None or module.startswith(GROUND):
+        module = _find_module(path, root)
+        if module is None or module.startswith(BASE_MODULES):
             return list(stages)
-        found |= {name for name in stages if module in needs[name]}
-    return [name for name in stages if name in found]
+        affected |= {name for name in stages if module in dependencies[name]}
+    return [name for name in stages if name in affected]
 
 
-def changed_files(base: str, head: str, root: Path = ROOT) -> list[str] | None:
+def list_changed_files(base: str, head: str, root: Path = ROOT) -> list[str] | None:
     """Files that differ since the two parted; None: there is no base, so all count.
 
     Raises `DetectionError`.
@@ -75,29 +75,31 @@ def changed_files(base: str, head: str, root: Path = ROOT) -> list[str] | None:
     if base in ("", NO_BASE):
         return None
     command = ["git", "-C", str(root), "diff", "--name-only", "-z", f"{base}...{head}"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise DetectionError(f"git cannot compare {base} and {head}: {done.stderr.strip()}")
-    return [path for path in done.stdout.split("\0") if path]
+    result = subprocess.run(command, check=False, capture_output=True, text=True)
+    if result.returncode:
+        raise DetectionError(f"git cannot compare {base} and {head}: {result.stderr.strip()}")
+    return [path for path in result.stdout.split("\0") if path]
 
 
-def main(words: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Print the touched components as JSON."""
-    parser = argparse.ArgumentParser(prog="python -m deploy.changed", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m deploy.changed_components", description=__doc__
+    )
     parser.add_argument("--base", required=True, help=f"commit before; {NO_BASE} or empty: none")
     parser.add_argument("--head", default="HEAD")
     parser.add_argument("--only", help="this component, or none")
     parser.add_argument("--without", help="all but this component")
-    given = parser.parse_args(words)
+    args = parser.parse_args(argv)
     try:
-        files = changed_files(given.base, given.head)
+        files = list_changed_files(args.base, args.head)
     except DetectionError as err:
         print(f"error: {err}", file=sys.stderr)
         return 1
-    found = list(components()) if files is None else touched(files)
-    if given.only:
-        found = [name for name in found if name == given.only]
-    print(json.dumps([name for name in found if name != given.without]))
+    selected = list(list_components()) if files is None else find_affected(files)
+    if args.only:
+        selected = [name for name in selected if name == args.only]
+    print(json.dumps([name for name in selected if name != args.without]))
     return 0
 
 
