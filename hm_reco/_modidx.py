@@ -450,6 +450,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'hm_reco.data.sources._read_secret': ('data/sources.html#_read_secret', 'hm_reco/data/sources.py'),
                                       'hm_reco.data.sources._truncate_time': ( 'data/sources.html#_truncate_time',
                                                                                'hm_reco/data/sources.py'),
+                                      'hm_reco.data.sources.check_labels': ('data/sources.html#check_labels', 'hm_reco/data/sources.py'),
                                       'hm_reco.data.sources.discover_parts': ( 'data/sources.html#discover_parts',
                                                                                'hm_reco/data/sources.py'),
                                       'hm_reco.data.sources.fingerprint': ('data/sources.html#fingerprint', 'hm_reco/data/sources.py'),

@@ -33,7 +33,7 @@ class StageClient(PapermillNotebookClient):
 
     def papermill_execute_cells(self) -> None:
         """Run all cells."""
-        self.monitor.cells = len(self.nb.cells)
+        self.monitor.n_cells = len(self.nb.cells)
         super().papermill_execute_cells()
         self.monitor.sample()
 
@@ -42,7 +42,7 @@ class StageClient(PapermillNotebookClient):
         self.monitor.cell = cell_index + 1
         if cell.cell_type == "markdown" and cell.source.startswith("#"):
             self.monitor.heading = cell.source.splitlines()[0].lstrip("# ")
-            self.monitor.note = ""
+            self.monitor.progress = ""
         return super().execute_cell(cell, cell_index, *args, **kwargs)
 
     def process_message(self, msg: Any, *args: Any, **kwargs: Any) -> Any:
@@ -51,7 +51,7 @@ class StageClient(PapermillNotebookClient):
             text = msg["content"]["text"]
             lines = [line for line in text.replace("\r", "\n").splitlines() if line.strip()]
             if lines and text.startswith("\r"):
-                self.monitor.note = lines[-1].strip()
+                self.monitor.progress = lines[-1].strip()
             self.on_output(self.monitor.stage, text)
         return super().process_message(msg, *args, **kwargs)
 

@@ -6,25 +6,28 @@ import os
 import re
 import tokenize
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date, datetime
 from difflib import get_close_matches
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, NamedTuple, Optional, Union, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Optional, Union, get_args, get_origin
 
 import nbformat
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic.fields import FieldInfo
 
 from hm_reco.lake.settings import PASSWORD_PATTERN
 from runner.graph import Stage, read_yaml
 
-# what an annotation in a parameters cell may name
+# what an annotation in a parameters cell may name without an import
 ALLOWED_TYPES: dict[str, Any] = {
     t.__name__: t for t in (str, int, float, bool, list, dict, date, datetime)
 }
 ALLOWED_TYPES |= {"Any": Any, "Literal": Literal, "Optional": Optional, "Union": Union}
+BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 VARIABLE_PATTERN = re.compile(r"\$\{(\w+)(?::-(.*?))?\}")
 
 
@@ -65,26 +68,39 @@ def _read_comments(source: str) -> dict[int, str]:
     return {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
 
 
-def read_parameters(notebook: Path) -> list[Parameter]:
-    """The parameters of a notebook: name, type, default, help text.
+def _import_types(tree: ast.Module, notebook: Path) -> dict[str, Any]:
+    """What annotations may name: `ALLOWED_TYPES`, and what the cell's own imports bring."""
+    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = dict(ALLOWED_TYPES)
+    module = ast.Module(body=list(imports), type_ignores=[])
+    exec(compile(module, str(notebook), "exec"), names)  # nosec B102 - our own notebook
+    return names
 
-    Raises `ParameterError` for a cell that holds anything but `name: type = literal`.
+
+def read_parameters(notebook: Path) -> list[Parameter]:
+    """Read the parameters of a notebook: name, type, default, help text.
+
+    The cell holds imports of types, and assignments `name: type = literal  # help`. Raises
+    `ParameterError` for anything else.
     """
     source = read_parameters_cell(notebook)
-    comments = _read_comments(source)
-    parameters = []
-    for node in ast.parse(source).body:
+    comments, tree = _read_comments(source), ast.parse(source)
+    types, parameters = _import_types(tree, notebook), []
+    for node in tree.body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            continue
         line = ast.get_source_segment(source, node)
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
             raise ParameterError(f"{notebook}: expected `name: type = value`, found {line!r}")
         code = compile(ast.Expression(node.annotation), str(notebook), "eval")
         try:
-            annotation = eval(code, {"__builtins__": {}}, ALLOWED_TYPES)  # nosec B307 - our own notebook
+            annotation = eval(code, {"__builtins__": {}}, types)  # nosec B307 - our own notebook
             default = ast.literal_eval(node.value) if node.value else ...
         except (NameError, TypeError, ValueError) as err:
             known = ", ".join(ALLOWED_TYPES)
             raise ParameterError(
-                f"{notebook}: {line!r}: {err}; a type is made of {known}, a value is a literal"
+                f"{notebook}: {line!r}: {err}; a type is made of {known} or is imported in the "
+                "cell, a value is a literal"
             ) from err
         lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
         help_text = " ".join(comments[line] for line in lines if line in comments)
@@ -106,22 +122,45 @@ def build_parameters_model(notebook: Path) -> type[BaseModel]:
         return create_model(notebook.stem, __config__=config, **fields)
 
 
-def format_type(annotation: Any) -> str:
-    """An annotation as a user would write it."""
-    if get_origin(annotation) is Literal:
-        return " or ".join(repr(value) for value in get_args(annotation))
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+def format_type(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    """Format an annotation as a user would write it, with its bounds: `int, at least 1`."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return format_type(arguments[0], [*arguments[1:], *metadata])
+    if origin is Literal:
+        text = " or ".join(repr(value) for value in arguments)
+    elif origin in (Union, UnionType):
+        text = " or ".join("None" if a is NoneType else format_type(a) for a in arguments)
+    elif isinstance(origin, type) and arguments:
+        text = f"{origin.__name__}[{', '.join(map(format_type, arguments))}]"
+    else:
+        text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    return ", ".join([text, *_format_bounds(metadata)])
+
+
+def _format_bounds(metadata: Sequence[Any]) -> Iterator[str]:
+    """The bounds among the metadata of `Annotated`, in words."""
+    for item in metadata:
+        yield from _format_bounds(item.metadata if isinstance(item, FieldInfo) else ())
+        for name, words in BOUNDS.items():
+            if (bound := getattr(item, name, None)) is not None:
+                yield f"{words} {bound:g}"
 
 
 def parse_assignments(assignments: Sequence[str]) -> dict[str, str]:
-    """`name=value` texts as a dict; raises `ParameterError` for a text without a name or `=`.
+    """Parse `name=value` texts; a name may be `stage.name`, which concerns one stage only.
 
-    A name may be `stage.name`, which concerns one stage only.
+    Raises `ParameterError` for texts without a name or `=`, and for names given twice.
     """
-    pairs = [text.partition("=") for text in assignments]
+    pairs, problems = [text.partition("=") for text in assignments], []
     for name, equals, value in pairs:
         if not (equals and all(part.isidentifier() for part in name.split("."))):
-            raise ParameterError(f"-p {name}{equals}{value}: expected name=value")
+            problems.append(f"-p {name}{equals}{value}: expected name=value")
+    for name, count in Counter(name for name, equals, _ in pairs if equals).items():
+        if count > 1:
+            problems.append(f"-p {name}: given {count} times, expected once")
+    if problems:
+        raise ParameterError("\n".join(problems))
     return {name: value for name, _, value in pairs}
 
 
@@ -161,14 +200,18 @@ def resolve(
         values, origins, layer_problems = _merge_layers(stage, model, layers)
         problems += layer_problems
         try:
-            resolved[stage.name] = ResolvedParameters(
-                model(**values).model_dump(mode="json"), origins
-            )
+            resolved[stage.name] = ResolvedParameters(_to_json(model(**values)), origins)
         except ValidationError as err:
             problems += [_format_error(stage.name, model, error) for error in err.errors()]
     if problems:
         raise ParameterError("\n".join(problems))
     return resolved
+
+
+def _to_json(parameters: BaseModel) -> dict[str, Any]:
+    """All values as plain JSON; of nested models, what was given, without their defaults."""
+    defaults = parameters.model_dump(mode="json")
+    return defaults | parameters.model_dump(mode="json", exclude_unset=True)
 
 
 def _split_by_stage(
@@ -223,16 +266,17 @@ def _parse_value(value: Any, model: type[BaseModel], name: str) -> Any:
 
 
 def _union_members(annotation: Any) -> tuple[Any, ...]:
-    """The alternatives of a union; of anything else, itself."""
-    members = get_args(annotation)
-    return members if NoneType in members or get_origin(annotation) is Union else (annotation,)
+    """The alternatives of a union, without their metadata; of anything else, itself."""
+    if get_origin(annotation) is Annotated:
+        return _union_members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return tuple(m for arg in get_args(annotation) for m in _union_members(arg))
+    return (annotation,)
 
 
 def accepts_collection(annotation: Any) -> bool:
-    """May a value be a list or a mapping?"""
-    return bool(
-        {get_origin(member) or member for member in _union_members(annotation)} & {list, dict}
-    )
+    """Return whether a value may be a list or a mapping."""
+    return bool({get_origin(m) or m for m in _union_members(annotation)} & {list, dict})
 
 
 def _expand_variable(match: re.Match[str]) -> str:
@@ -268,6 +312,10 @@ def _format_error(stage: str, model: type[BaseModel], error: Any) -> str:
     field = model.model_fields.get(name)
     if field is None:
         return f"{name} ({stage}): no such parameter{_suggest(name, {*model.model_fields})}"
+    if len(error["loc"]) > 1 and accepts_collection(field.annotation):
+        path = ".".join(map(str, error["loc"]))
+        return f"{path} ({stage}): {error['msg']}, found {value!r:.80}"
     choices = [c for c in get_args(field.annotation) if isinstance(c, str)]
     hint = _suggest(str(value), choices) or f" ({error['msg']})"
-    return f"{name} ({stage}): expected {format_type(field.annotation)}, found {value!r}{hint}"
+    expected = format_type(field.annotation, field.metadata)
+    return f"{name} ({stage}): expected {expected}, found {value!r:.80}{hint}"

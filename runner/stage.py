@@ -1,5 +1,6 @@
 """Runs one stage: its notebook through papermill, what it leaves to the lake and the ledger."""
 
+import logging
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -43,6 +44,9 @@ def _execute_notebook(
 
     from runner.engine import ENGINE
 
+    # papermill reads types of its own from the parameters cell, and warns of those it cannot read;
+    # `runner.parameters` has checked names and types before
+    logging.getLogger("papermill").setLevel(logging.ERROR)
     # an idle thread of LightGBM or Polars should not spin while another process works
     env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "TMPDIR": str(output.parent)}
     if job.root != find_project_root():

@@ -132,7 +132,10 @@ def test_an_evaluation_is_that_of_one_process(cluster, monkeypatch, real, world)
     for name in ("lists", "scores", "customers", "article_stats", "ground_truth", "calibration"):
         assert getattr(here, name).equals(getattr(there, name)), name
     assert here.booster.model_to_string() == there.booster.model_to_string()
-    assert to_bytes(here.two_tower) == to_bytes(there.two_tower) and here.source_recall.budget == there.source_recall.budget
+    assert (
+        to_bytes(here.two_tower) == to_bytes(there.two_tower)
+        and here.source_recall.budget == there.source_recall.budget
+    )
     assert np.array_equal(here.sample.values, there.sample.values, equal_nan=True)
 
 
@@ -213,7 +216,10 @@ def test_two_workers_lose_what_one_loses_also_when_one_is_killed(crew, seconds):
 
     thread = threading.Thread(target=kill)
     thread.start()
-    one, two = fit_until(alone, shop), crew.fit_until(shared, shop)  # two: since the last checkpoint
+    one, two = (
+        fit_until(alone, shop),
+        crew.fit_until(shared, shop),
+    )  # two: since the last checkpoint
     learned.set()
     thread.join()
     assert killed and len(one) > 20 and one[-1] < one[0] and one[-len(two) :] != two

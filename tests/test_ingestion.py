@@ -161,7 +161,7 @@ def test_rows_that_break_a_rule_are_set_aside_with_its_name(lake, files):
 
 
 def test_rows_are_numbered_through_all_batches(lake, files, monkeypatch):
-    monkeypatch.setattr("hm_reco.stages.ingestion.BATCH_ROWS", 5_000)
+    monkeypatch.setattr("hm_reco.data.loading.BATCH_ROWS", 5_000)
     whole = ingested(lake, files)["transactions"].valid_rows
     before = scan(lake, "raw/transactions").collect()
     edit(

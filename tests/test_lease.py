@@ -73,7 +73,10 @@ def test_who_renews_keeps_it_and_who_lost_it_is_told(lake, monkeypatch):
     lost = threading.Event()
     lease = S3Lease(lake, "training", lost.set)
     assert lease.acquire()
-    with pytest.raises(LeaseError), hold_leases(lake, ["training"], timeout_seconds=4, notify=lambda _: None):
+    with (
+        pytest.raises(LeaseError),
+        hold_leases(lake, ["training"], timeout_seconds=4, notify=lambda _: None),
+    ):
         pass
     assert not lost.is_set()
     write_file(

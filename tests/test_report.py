@@ -86,7 +86,8 @@ def test_weeks_and_groups_add_up_to_the_whole(result, verdict):
         ]
         assert sum(row["customer_weeks"] for row in rows) == result.customers.height
         lead = (
-            sum(row["improvement"] * row["customer_weeks"] for row in rows) / result.customers.height
+            sum(row["improvement"] * row["customer_weeks"] for row in rows)
+            / result.customers.height
         )
         assert lead == pytest.approx(verdict.improvement.mean)
 

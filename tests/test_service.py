@@ -550,7 +550,7 @@ def test_a_challenger_answers_aside(two_models, monkeypatch):
 def test_a_challenger_that_is_behind_is_passed_over(two_models, monkeypatch):
     lake, *_ = two_models
     free = threading.Event()
-    monkeypatch.setattr("hm_reco.api.shadow.MOST_WAITING", 2)
+    monkeypatch.setattr("hm_reco.api.shadow.MAX_PENDING", 2)
     monkeypatch.setattr("hm_reco.api.shadow.respond", lambda *asked: free.wait(20))
     with TestClient(create_app(lake, ServiceSettings(shadow_share=1))) as client:
         codes = {client.post("/predict", json=EXAMPLE).status_code for _ in range(5)}

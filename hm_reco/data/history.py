@@ -116,17 +116,17 @@ def _select_before(rows: pl.DataFrame, day: date) -> pl.DataFrame:
     return rows.head(rows["day"].search_sorted(day, side="left"))
 
 # %% ../../nbs/data/07_history.ipynb #c3861098
-def parse_day(text: str, history: History) -> date:
-    """The day written in `text` (YYYY-MM-DD); empty: the day after the last purchase.
+def parse_day(as_of: date | str | None, history: History) -> date:
+    """Return the cut-off date (a date, or YYYY-MM-DD); None: the day after the last purchase.
 
     Raises `ValueError` when it is no date or lies outside of the purchases.
     """
-    if not text:
+    if as_of is None:
         return history.day
     try:
-        day = date.fromisoformat(text)
+        day = date.fromisoformat(str(as_of))
     except ValueError as err:
-        raise ValueError(f"as_of: expected a day like 2020-09-16, found {text!r}") from err
+        raise ValueError(f"as_of: expected a day like 2020-09-16, found {as_of!r}") from err
     first_day = history.purchases["day"][0]
     if not first_day < day <= history.day:
         raise ValueError(f"as_of {day}: the purchases run from {first_day} to before {history.day}")

@@ -95,8 +95,7 @@ def run(
     from hm_reco.lake.runs import generate_run_id, validate_run_id
     from runner.backends.ray_jobs import BackendError
     from runner.display import RunDisplay
-    from runner.graph import list_upstream as list_upstream
-    from runner.graph import load_pipeline, select_stages
+    from runner.graph import list_upstream, load_pipeline, select_stages
     from runner.scheduler import StageError
 
     with user_errors(StageError, ClusterError, BackendError):
@@ -310,7 +309,7 @@ def reproduce(
 ) -> None:
     """Run a run again, with its code, parameters and table versions: do the metrics agree?"""
     from runner.display import RunDisplay
-    from runner.rerun import reproduce_run as reproduce_run
+    from runner.rerun import reproduce_run
     from runner.scheduler import StageError
 
     with user_errors(StageError):
