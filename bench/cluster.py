@@ -1,12 +1,12 @@
-"""What a Ray cluster costs and what it saves, beside one process with one core.
+"""Costs and savings of a Ray cluster, compared with one process on one core.
 
     python bench/cluster.py                          at 10 % of H&M's size: some minutes
-    python bench/cluster.py --customers 13720        at 1 %: a first look
+    python bench/cluster.py --customers 13720        at 1 %: a quick look
 
-The nodes are processes of this machine, one core each; every driver is a process of its own. All
-is warm before it is measured: what is loaded and compiled once is told apart. Look at the ratios:
-the seconds are this machine's, on which others may work as well. Bytes are those that went through
-the loopback device, memory is what a node's processes hold for themselves, and the largest part
+The nodes are local processes with one core each; every driver is a separate process. A warm-up run,
+which loads and compiles, comes first and is printed separately. Compare the ratios: the seconds
+depend on this machine and its load. Bytes are those sent through the loopback device; memory is
+the unique memory of a node's processes, plus the largest part that they share.
 that they share.
 """
 
@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
-from peers import peak_mb
+from external_data import get_peak_mb
 
 from hm_reco.data.synthetic import write_synthetic
 from hm_reco.lake.storage import open_lake
@@ -35,14 +35,14 @@ SHARDS, WEEKS = 4, 6
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "POLARS_MAX_THREADS", "NUMBA_NUM_THREADS"), "1")
 
 
-def build(root: Path, customers: int) -> str:
+def build_lake(root: Path, customers: int) -> str:
     """A lake with a synthetic data set, ingested."""
     write_synthetic(root / "source", customers)
     ingestion.ingest(open_lake(str(root / "lake")), str(root / "source"))
     return str(root / "lake")
 
 
-def process(root: str, _: int) -> float:
+def process_tables(root: str, _: int) -> float:
     """Raw tables to processed ones; seconds."""
     lake = open_lake(root)
     change = processing.detect_changes(lake, SHARDS, full_refresh=True)
@@ -51,8 +51,8 @@ def process(root: str, _: int) -> float:
     return time.perf_counter() - started
 
 
-def weeks(root: str, buyers: int) -> float:
-    """Candidates and features of some weeks, of so many buyers each; seconds."""
+def process_weeks(root: str, buyers: int) -> float:
+    """Candidates and features of some weeks with `buyers` buyers each; seconds."""
     from hm_reco.data.history import load_history
     from hm_reco.ranking.backtest import WalkForward, WeekJob
     from hm_reco.ranking.plan import BacktestPlan
@@ -61,79 +61,90 @@ def weeks(root: str, buyers: int) -> float:
 
     history = aggregate_sales(load_history(open_lake(root)))
     plan = BacktestPlan(history.day, customers_per_week=buyers, pooled_weeks=WEEKS)
-    walk = WalkForward(history, plan)
+    walk_forward = WalkForward(history, plan)
     started = time.perf_counter()
-    walk.run(range(WEEKS, 0, -1), WeekJob(history, plan, SOURCE_LIMITS, lambda *_: None))
+    walk_forward.run(range(WEEKS, 0, -1), WeekJob(history, plan, SOURCE_LIMITS, lambda *_: None))
     return time.perf_counter() - started
 
 
-WORKS: dict[str, Callable[[str, int], float]] = {"process": process, "weeks": weeks}
+WORKLOADS: dict[str, Callable[[str, int], float]] = {
+    "process": process_tables,
+    "weeks": process_weeks,
+}
 
 
-def work(name: str, small: str, root: str, buyers: int) -> None:
-    """Do a work on a small lake to be warm, then on the one that counts; print what it took."""
-    cold = WORKS[name](small, 20)
-    before = sum(counters.bytes_sent for counters in psutil.net_io_counters(pernic=True).values())
-    seconds = WORKS[name](root, buyers)
-    moved = sum(counters.bytes_sent for counters in psutil.net_io_counters(pernic=True).values())
-    figures = {"warm_up": cold, "seconds": seconds, "peak_mb": peak_mb()}
-    print(json.dumps(figures | {"moved_mb": (moved - before) / 1e6}))
+def run_workload(name: str, small_root: str, root: str, buyers: int) -> None:
+    """Run a workload on a small lake to warm up, then on the measured one; print the figures."""
+    warm_up_seconds = WORKLOADS[name](small_root, 20)
+    bytes_before = sum(
+        counters.bytes_sent for counters in psutil.net_io_counters(pernic=True).values()
+    )
+    seconds = WORKLOADS[name](root, buyers)
+    bytes_after = sum(
+        counters.bytes_sent for counters in psutil.net_io_counters(pernic=True).values()
+    )
+    figures = {"warm_up": warm_up_seconds, "seconds": seconds, "peak_mb": get_peak_mb()}
+    print(json.dumps(figures | {"moved_mb": (bytes_after - bytes_before) / 1e6}))
 
 
-def measure(address: str, *words: str) -> dict[str, float]:
-    """A driver's figures: on the cluster at `address`, or alone with one core."""
-    env = os.environ | ONE_THREAD | {"HM_RAY_ADDRESS": address}
-    alone = {} if address else {"preexec_fn": lambda: os.sched_setaffinity(0, [0])}
-    command = [sys.executable, __file__, "--work", *words]
-    done = run_command(command, env=env, stdout=PIPE, text=True, check=False, **alone)
-    if done.returncode:
+def measure_driver(address: str, *args: str) -> dict[str, float]:
+    """Figures of a driver on the cluster at `address`, or, without one, on one core."""
+    environment = os.environ | ONE_THREAD | {"HM_RAY_ADDRESS": address}
+    popen_options = {} if address else {"preexec_fn": lambda: os.sched_setaffinity(0, [0])}
+    command = [sys.executable, __file__, "--work", *args]
+    result = run_command(
+        command, env=environment, stdout=PIPE, text=True, check=False, **popen_options
+    )
+    if result.returncode:
         raise SystemExit(f"{' '.join(command)} failed")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    return dict(json.loads(result.stdout.splitlines()[-1]))
 
 
 @contextmanager
-def cluster(nodes: int) -> Iterator[tuple[str, list[float]]]:
-    """A cluster of so many nodes with one core each: its address, and the peak MB of each."""
+def start_cluster(nodes: int) -> Iterator[tuple[str, list[float]]]:
+    """Start a cluster of nodes with one core each; yields its address and the peak MB by node."""
     from ray.cluster_utils import Cluster
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     node = {"num_cpus": 1, "object_store_memory": 1_000_000_000}
-    made = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
+    ray_cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
     for _ in range(nodes - 1):
-        made.add_node(**node)
-    raylets = [n.all_processes["raylet"][0].process.pid for n in made.list_all_nodes()]
-    peaks, done = [0.0] * nodes, threading.Event()
+        ray_cluster.add_node(**node)
+    raylets = [n.all_processes["raylet"][0].process.pid for n in ray_cluster.list_all_nodes()]
+    peaks, finished = [0.0] * nodes, threading.Event()
 
-    def watch() -> None:
-        while not done.wait(0.5):
-            for at, pid in enumerate(raylets):
-                peaks[at] = max(peaks[at], held_mb(pid))
+    def watch_memory() -> None:
+        while not finished.wait(0.5):
+            for i, pid in enumerate(raylets):
+                peaks[i] = max(peaks[i], measure_memory_mb(pid))
 
-    thread = threading.Thread(target=watch, daemon=True)
+    thread = threading.Thread(target=watch_memory, daemon=True)
     thread.start()
-    yield made.address, peaks
-    done.set()
+    yield ray_cluster.address, peaks
+    finished.set()
     thread.join()
-    made.shutdown()
+    ray_cluster.shutdown()
 
 
-def held_mb(pid: int) -> float:
-    """What a process and its children hold for themselves, and the largest part they share."""
-    own, shared = 0.0, 0.0
+def measure_memory_mb(pid: int) -> float:
+    """Unique memory of a process and its children, plus the largest part that they share."""
+    unique, shared = 0.0, 0.0
     with suppress(psutil.Error):
         parent = psutil.Process(pid)
-        for one in [parent, *parent.children(recursive=True)]:
+        for process in [parent, *parent.children(recursive=True)]:
             with suppress(psutil.Error):
-                memory: Any = one.memory_full_info()
-                own, shared = own + memory.uss / 1e6, max(shared, memory.shared / 1e6)
-    return own + shared
+                memory: Any = process.memory_full_info()
+                unique, shared = unique + memory.uss / 1e6, max(shared, memory.shared / 1e6)
+    return unique + shared
 
 
-def tell(name: str, figures: dict[str, float], alone: float, peaks: list[float]) -> None:
-    """A line about a work in some place."""
+def print_figures(
+    name: str, figures: dict[str, float], baseline_seconds: float, peaks: list[float]
+) -> None:
+    """Print one line about a workload."""
     nodes = ", ".join(f"{peak:,.0f}" for peak in peaks) or "-"
     print(
-        f"{name:<34} {figures['seconds']:7.1f} s  {alone / figures['seconds']:5.2f} x"
+        f"{name:<34} {figures['seconds']:7.1f} s  {baseline_seconds / figures['seconds']:5.2f} x"
         f"  warm-up {figures['warm_up']:5.1f} s  moved {figures['moved_mb']:7,.0f} MB"
         f"  driver {figures['peak_mb']:6,.0f} MB  nodes {nodes} MB",
         flush=True,
@@ -141,29 +152,31 @@ def tell(name: str, figures: dict[str, float], alone: float, peaks: list[float])
 
 
 def main() -> None:
-    """Each work alone, on one node and on two."""
+    """Run each workload without a cluster, on one node and on two."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--customers", type=int, default=137_198)
     parser.add_argument("--buyers", type=int, default=3_000, help="in each week")
     parser.add_argument("--work", nargs=4, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.work:
-        name, small, root, buyers = asked.work
-        return work(name, small, root, int(buyers))
+    options = parser.parse_args()
+    if options.work:
+        name, small_root, root, buyers = options.work
+        return run_workload(name, small_root, root, int(buyers))
     with TemporaryDirectory() as folder:
-        small, root = (
-            build(Path(folder, "small"), 1_000),
-            build(Path(folder, "all"), asked.customers),
+        small_root, root = (
+            build_lake(Path(folder, "small"), 1_000),
+            build_lake(Path(folder, "all"), options.customers),
         )
-        print(f"{asked.customers:,} customers, {WEEKS} weeks of {asked.buyers:,} buyers")
-        for name in WORKS:
-            words = (name, small, root, str(asked.buyers))
-            alone = measure("", *words)
-            tell(f"{name}, one process, one core", alone, alone["seconds"], [])
+        print(f"{options.customers:,} customers, {WEEKS} weeks of {options.buyers:,} buyers")
+        for name in WORKLOADS:
+            args = (name, small_root, root, str(options.buyers))
+            baseline = measure_driver("", *args)
+            print_figures(f"{name}, one process, one core", baseline, baseline["seconds"], [])
             for nodes in (1, 2):
-                with cluster(nodes) as (address, peaks):
-                    figures = measure(address, *words)
-                tell(f"{name}, {nodes} node(s) of one core", figures, alone["seconds"], peaks)
+                with start_cluster(nodes) as (address, peaks):
+                    figures = measure_driver(address, *args)
+                print_figures(
+                    f"{name}, {nodes} node(s) of one core", figures, baseline["seconds"], peaks
+                )
     return None
 
 

@@ -1,13 +1,13 @@
-"""How good are the recommendations, beside those that others would give?
+"""Quality of the recommendations, compared with other libraries.
 
     python bench/quality.py                            the synthetic data set, 20,000 customers
     python bench/quality.py FOLDER --weeks 52          three files as in the H&M competition
-    python bench/quality.py FOLDER --no-peers          ours and the ladder of baselines alone
+    python bench/quality.py FOLDER --no-external          our ranker and the baselines only
 
-Every judged week is predicted as of its first day. Peers (`quality_peers.py`, in `.venv-bench-models`)
-get the same purchases, customers and tuning weeks; whom they do not know gets what sells, as with
-us. MAP@12 with a 95 % bootstrap interval over customers; `hits` of which a
-share is `first-time`: articles that she had not bought before.
+Every evaluation week is predicted as of its first day. `external_models.py` in `.venv-bench-models`
+gets the same purchases, customers and tuning weeks; customers unknown to a model get best sellers,
+as in ours. MAP@12 with a 95 % bootstrap interval over customers; `hits` of which a
+share is `first-time`: articles that the customer had not bought before.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-from peers import peak_mb
+from external_data import get_peak_mb
 
 from hm_reco.data.history import History, as_of, get_ground_truth, load_history
 from hm_reco.data.synthetic import write_synthetic
@@ -40,7 +40,7 @@ from hm_reco.stages.ingestion import ingest
 from hm_reco.stages.processing import process
 
 ROOT = Path(__file__).parents[1]
-RIVALS = ROOT / ".venv-bench-models" / "bin" / "python"
+EXTERNAL_PYTHON = ROOT / ".venv-bench-models" / "bin" / "python"
 
 
 def read_history(lake: Lake, source: str, customers: int) -> History:
@@ -53,101 +53,113 @@ def read_history(lake: Lake, source: str, customers: int) -> History:
     return load_history(lake)
 
 
-def judge_ours(
+def evaluate_own(
     lake: Lake, history: History, plan: BacktestPlan, minutes: float, examples: int
 ) -> Evaluation:
-    """The ladder and the ranker, tuned on the plan's tuning weeks."""
+    """Baselines and ranker, tuned on the plan's tuning weeks."""
     settings = TwoTowerSettings(max_examples=examples)
-    tower = TwoTower(build_vocabulary(history.articles), settings) if examples else None
-    usual = RankerSettings()
-    find = partial(_find, lake, usual, minutes)
-    return evaluate(history, plan, usual, tower, find)
+    two_tower = TwoTower(build_vocabulary(history.articles), settings) if examples else None
+    defaults = RankerSettings()
+    tuner = partial(_tune, lake, defaults, minutes)
+    return evaluate(history, plan, defaults, two_tower, tuner)
 
 
-def _find(
-    lake: Lake, usual: RankerSettings, minutes: float, learned: Any, exams: Any
+def _tune(
+    lake: Lake, defaults: RankerSettings, minutes: float, matrices: Any, validation_sets: Any
 ) -> RankerSettings:
-    tuned = tune(lake, "quality", learned, exams, usual, minutes)
+    tuned = tune(lake, "quality", matrices, validation_sets, defaults, minutes)
     print(f"{tuned.trials.height} trials; {tuned.settings}", flush=True)
     return tuned.settings
 
 
-def judge_peers(folder: Path, history: History, result: Evaluation) -> pl.DataFrame:
-    """The peers' lists, filled with what sells: `day`, `method`, `customer`, `article`, `rank`."""
+def run_external_models(folder: Path, history: History, result: Evaluation) -> pl.DataFrame:
+    """External lists, with best sellers: `day`, `method`, `customer`, `article`, `rank`."""
     plan = result.plan
     folder.mkdir()
     history.purchases.select("customer", "article", "day").write_parquet(
         folder / "purchases.parquet"
     )
-    people = result.customers.select("day", "customer").sort("day", "customer")
-    people.write_parquet(folder / "judged.parquet")
-    tuning = range(plan.evaluation_weeks + plan.tuning_weeks, plan.evaluation_weeks, -1)
-    days = [plan.get_week_start(back).isoformat() for back in tuning]
-    about = {"tuning": days, "horizon": plan.horizon_days, "refit": plan.refit_every}
-    (folder / "plan.json").write_text(json.dumps(about))
-    command = [RIVALS, ROOT / "bench" / "quality_peers.py", folder]
+    customers = result.customers.select("day", "customer").sort("day", "customer")
+    customers.write_parquet(folder / "evaluation.parquet")
+    tuning_weeks_back = range(plan.evaluation_weeks + plan.tuning_weeks, plan.evaluation_weeks, -1)
+    days = [plan.get_week_start(weeks_back).isoformat() for weeks_back in tuning_weeks_back]
+    plan_record = {"tuning": days, "horizon": plan.horizon_days, "refit": plan.refit_every}
+    (folder / "plan.json").write_text(json.dumps(plan_record))
+    command = [EXTERNAL_PYTHON, ROOT / "bench" / "external_models.py", folder]
     subprocess.run(command, check=True, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"})
     lists = pl.read_parquet(folder / "lists.parquet")
-    return pl.concat(_filled(history, part) for part in lists.partition_by("day"))
+    return pl.concat(_backfill_lists(history, day_lists) for day_lists in lists.partition_by("day"))
 
 
-def _filled(history: History, lists: pl.DataFrame) -> pl.DataFrame:
-    """Lists of one day, filled up to twelve with what sells."""
+def _backfill_lists(history: History, lists: pl.DataFrame) -> pl.DataFrame:
+    """Lists of one day, backfilled to twelve with best sellers."""
     day = lists["day"][0]
-    known = compute_aggregates(as_of(history, day))
+    aggregates = compute_aggregates(as_of(history, day))
     parts = []
     for method in lists["method"].unique().sort():
-        mine = lists.filter(method=method).filter(pl.col("article").is_not_null())
-        who = lists.filter(method=method).select("customer").unique().sort("customer")
+        ranked = lists.filter(method=method).filter(pl.col("article").is_not_null())
+        customers = lists.filter(method=method).select("customer").unique().sort("customer")
         columns = ["customer", "article", "rank"]
-        fill = rank_best_sellers(known, who, 24).select(columns)
-        whole = backfill(mine.select(columns), fill.cast({"rank": pl.Int64}), 12)
-        parts.append(whole.with_columns(day=pl.lit(day), method=pl.lit(method)))
+        best_sellers = rank_best_sellers(aggregates, customers, 24).select(columns)
+        complete = backfill(ranked.select(columns), best_sellers.cast({"rank": pl.Int64}), 12)
+        parts.append(complete.with_columns(day=pl.lit(day), method=pl.lit(method)))
     return pl.concat(parts)
 
 
-def scored(
-    history: History, plan: BacktestPlan, lists: pl.DataFrame, people: pl.DataFrame
+def compute_scores(
+    history: History, plan: BacktestPlan, lists: pl.DataFrame, customers: pl.DataFrame
 ) -> pl.DataFrame:
-    """`day`, `customer`, `method`, `ap` of lists."""
+    """AP of lists: `day`, `customer`, `method`, `ap`."""
     parts = []
     for (day, method), part in lists.partition_by("day", "method", as_dict=True).items():
-        sold = get_ground_truth(history, day, plan.horizon_days)
-        sold = sold.join(people.filter(day=day), on="customer", how="semi")
-        ap = average_precision(part, sold)
+        ground_truth = get_ground_truth(history, day, plan.horizon_days)
+        ground_truth = ground_truth.join(customers.filter(day=day), on="customer", how="semi")
+        ap = average_precision(part, ground_truth)
         parts.append(
             ap.select(pl.lit(day).alias("day"), "customer", method=pl.lit(method), ap="ap")
         )
     return pl.concat(parts)
 
 
-def first_time(
+def compute_first_time_shares(
     history: History, plan: BacktestPlan, lists: pl.DataFrame
 ) -> dict[str, tuple[int, float]]:
-    """By method: hits, and the share of them that she had not bought before."""
-    found: dict[str, list[bool]] = {}
+    """By method: hits, and the share of first-time purchases among them."""
+    is_first_time: dict[str, list[bool]] = {}
     for (day, method), part in lists.partition_by("day", "method", as_dict=True).items():
-        sold = get_ground_truth(history, day, plan.horizon_days)
-        hits = part.filter(pl.col("rank") <= 12).join(sold, on=["customer", "article"], how="semi")
-        past = as_of(history, day).purchases.select("customer", "article", again=True).unique()
-        marked = hits.join(past, on=["customer", "article"], how="left")
-        found.setdefault(str(method), []).extend(marked["again"].is_null())
-    return {name: (len(new), sum(new) / max(len(new), 1)) for name, new in found.items()}
+        ground_truth = get_ground_truth(history, day, plan.horizon_days)
+        hits = part.filter(pl.col("rank") <= 12).join(
+            ground_truth, on=["customer", "article"], how="semi"
+        )
+        past_purchases = (
+            as_of(history, day).purchases.select("customer", "article", is_repurchase=True).unique()
+        )
+        flagged = hits.join(past_purchases, on=["customer", "article"], how="left")
+        is_first_time.setdefault(str(method), []).extend(flagged["is_repurchase"].is_null())
+    return {
+        name: (len(flags), sum(flags) / max(len(flags), 1)) for name, flags in is_first_time.items()
+    }
 
 
-def report(history: History, plan: BacktestPlan, scores: pl.DataFrame, lists: pl.DataFrame) -> None:
-    """Print the table, and how the ranker compares with the best of the others."""
-    intervals, hits = compute_means(scores), first_time(history, plan, lists)
+def print_report(
+    history: History, plan: BacktestPlan, scores: pl.DataFrame, lists: pl.DataFrame
+) -> None:
+    """Print the table, and the ranker compared with the best other method."""
+    intervals, hits = compute_means(scores), compute_first_time_shares(history, plan, lists)
     print(f"\n{'method':<34}{'MAP@12':>8}  {'95 % interval':<18}{'hits':>7}{'first-time':>12}")
-    for name, i in sorted(intervals.items(), key=lambda pair: pair[1].mean):
-        count, new = hits[name]
-        print(f"{name:<34}{i.mean:>8.4f}  {i.low:.4f} .. {i.high:.4f}  {count:>7,}{new:>12.1%}")
+    for name, interval in sorted(intervals.items(), key=lambda pair: pair[1].mean):
+        count, share = hits[name]
+        print(
+            f"{name:<34}{interval.mean:>8.4f}  {interval.low:.4f} .. {interval.high:.4f}  {count:>7,}{share:>12.1%}"
+        )
     best = max(
         (name for name in intervals if name != RANKER), key=lambda name: intervals[name].mean
     )
-    lead = compute_paired_difference(*(scores.filter(method=name) for name in (RANKER, best)))
+    improvement = compute_paired_difference(
+        *(scores.filter(method=name) for name in (RANKER, best))
+    )
     ratio = intervals[RANKER].mean / intervals[best].mean
-    print(f"\nranker against {best!r}: {ratio:.2f} x, difference {lead}")
+    print(f"\nranker against {best!r}: {ratio:.2f} x, difference {improvement}")
 
 
 def main() -> None:
@@ -159,35 +171,38 @@ def main() -> None:
     parser.add_argument(
         "--customers", type=int, default=20_000, help="size of the synthetic data set"
     )
-    parser.add_argument("--weeks", type=int, default=4, help="weeks judged, the last ones")
+    parser.add_argument("--weeks", type=int, default=4, help="evaluation weeks, the last ones")
     parser.add_argument("--minutes", type=float, default=5.0, help="time for tuning")
     parser.add_argument("--refit", type=int, default=4, help="weeks between trainings")
     parser.add_argument("--examples", type=int, default=200_000, help="of the tower; 0: no tower")
-    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
-    asked = parser.parse_args()
+    parser.add_argument("--external", action=argparse.BooleanOptionalAction, default=True)
+    options = parser.parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="hm-quality-") as folder:
         lake = open_lake(str(Path(folder) / "lake"))
-        history = read_history(lake, asked.source, asked.customers)
-        plan = BacktestPlan(history.day, evaluation_weeks=asked.weeks, refit_every=asked.refit)
-        result = judge_ours(lake, history, plan, asked.minutes, asked.examples)
+        history = read_history(lake, options.source, options.customers)
+        plan = BacktestPlan(history.day, evaluation_weeks=options.weeks, refit_every=options.refit)
+        result = evaluate_own(lake, history, plan, options.minutes, options.examples)
         print(
             f"{result.plan}\nbudget {result.source_recall.budget}, recall {result.candidate_recall:.3f}"
         )
         print(
-            f"ours: {time.monotonic() - started:.0f} s, peak {peak_mb() / 1000:.1f} GB", flush=True
+            f"ours: {time.monotonic() - started:.0f} s, peak {get_peak_mb() / 1000:.1f} GB",
+            flush=True,
         )
         scores, lists = (
             result.scores,
             result.lists.select("day", "method", "customer", "article", "rank"),
         )
-        if asked.peers:
-            theirs = judge_peers(Path(folder) / "peers", history, result)
-            columns = pl.col("rank").cast(pl.Int16)
-            lists = pl.concat([lists, theirs.with_columns(columns).select(lists.columns)])
-            more = scored(history, plan, theirs, result.customers)
-            scores = pl.concat([scores, more.select(scores.columns)])
-        report(history, plan, scores, lists)
+        if options.external:
+            external_lists = run_external_models(Path(folder) / "external", history, result)
+            rank_column = pl.col("rank").cast(pl.Int16)
+            lists = pl.concat(
+                [lists, external_lists.with_columns(rank_column).select(lists.columns)]
+            )
+            external_scores = compute_scores(history, plan, external_lists, result.customers)
+            scores = pl.concat([scores, external_scores.select(scores.columns)])
+        print_report(history, plan, scores, lists)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What the runner costs: a stage through it against its exported function, and a no-change run.
+"""Overhead of the runner: a stage compared with its function, and a run without changes.
 
     .venv/bin/python bench/runner.py [--customers 20000] [--repeat 5]
 
-Everything is measured in one run on one lake; look at the ratios, the seconds are this machine's.
+Everything is measured in one run on one lake; compare the ratios.
 """
 
 import argparse
@@ -28,25 +28,25 @@ STAGES = ("ingestion", "processing", "eda")
 LONG_STAGE_SECONDS = 120.0
 
 
-def medians(repeat: int, **works: Callable[[], object]) -> dict[str, float]:
-    """Median wall time of each, taken in turns so that a busy moment meets them all."""
-    times: dict[str, list[float]] = {name: [] for name in works}
+def measure_medians(repeat: int, **workloads: Callable[[], object]) -> dict[str, float]:
+    """Median wall time of each, measured in turns so that load affects all of them."""
+    times: dict[str, list[float]] = {name: [] for name in workloads}
     for _ in range(repeat):
-        for name, work in works.items():
-            start = time.perf_counter()
-            work()
-            times[name].append(time.perf_counter() - start)
+        for name, workload in workloads.items():
+            started = time.perf_counter()
+            workload()
+            times[name].append(time.perf_counter() - started)
     return {name: median(values) for name, values in times.items()}
 
 
-def call(*words: str) -> str:
+def run_command(*command: str) -> str:
     """Run a command; its output."""
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
-    done = subprocess.run(words, check=True, capture_output=True, text=True, env=environment)
-    return done.stdout
+    result = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return result.stdout
 
 
-FUNCTION = """
+FUNCTION_SCRIPT = """
 import sys
 from hm_reco.lake.storage import open_lake
 from hm_reco.stages.processing import process, what_changed
@@ -55,9 +55,9 @@ process(lake, change=what_changed(lake, rebuild=True))
 """
 
 
-def stage_seconds(lake: Lake) -> float:
-    """How long the stage took by the ledger, when it is run through the runner."""
-    out = call(
+def measure_stage_seconds(lake: Lake) -> float:
+    """Run the stage with `hm run`; seconds by the run store."""
+    out = run_command(
         HM, "run", "processing", "--lake", lake.root, "-p", "full_refresh=true", "--force", "--json"
     )
     return json.loads(out)[0]["seconds"]
@@ -72,33 +72,43 @@ def main() -> None:
     with TemporaryDirectory(prefix="hm-bench-") as folder:
         data, lake = Path(folder) / "data", open_lake(f"{folder}/lake")
         rows = write_synthetic(data, options.customers)
-        words = ("--data", str(data), "--lake", lake.root)
-        call(HM, "run", *STAGES, *words)
+        args = ("--data", str(data), "--lake", lake.root)
+        run_command(HM, "run", *STAGES, *args)
         out = f"{folder}/out.ipynb"
-        bare = ("-p", "lake", lake.root, "--cwd", str(NOTEBOOK.parent), "--no-progress-bar")
-        ledger: list[float] = []
-        took = medians(
-            options.repeat,
-            function=lambda: call(sys.executable, "-c", FUNCTION, lake.root),
-            command=lambda: ledger.append(stage_seconds(lake)),
-            papermill=lambda: call(PAPERMILL, str(NOTEBOOK), out, *bare),
+        papermill_args = (
+            "-p",
+            "lake",
+            lake.root,
+            "--cwd",
+            str(NOTEBOOK.parent),
+            "--no-progress-bar",
         )
-        call(HM, "run", *STAGES, *words)
-        nothing = lambda: call(HM, "run", *STAGES, *words)  # noqa: E731
-        took |= medians(options.repeat, unchanged=nothing)
-    function, peer = took["function"], took["papermill"]
+        recorded_seconds: list[float] = []
+        median_seconds = measure_medians(
+            options.repeat,
+            function=lambda: run_command(sys.executable, "-c", FUNCTION_SCRIPT, lake.root),
+            command=lambda: recorded_seconds.append(measure_stage_seconds(lake)),
+            papermill=lambda: run_command(PAPERMILL, str(NOTEBOOK), out, *papermill_args),
+        )
+        run_command(HM, "run", *STAGES, *args)
+        run_unchanged = lambda: run_command(HM, "run", *STAGES, *args)  # noqa: E731
+        median_seconds |= measure_medians(options.repeat, unchanged=run_unchanged)
+    function_seconds, papermill_seconds = median_seconds["function"], median_seconds["papermill"]
     memory = psutil.virtual_memory().total / 2**30
     size = f"{rows['transactions']:,} transactions, median of {options.repeat}"
     print(f"{os.cpu_count()} cores, {memory:.0f} GiB; {size}")
-    print(f"processing as a function, python -c  {function:6.2f} s")
-    for name, wall in (("hm run, start to end", took["command"]), ("the ledger", median(ledger))):
-        share = 100 * (wall - function) / LONG_STAGE_SECONDS
-        over = f"overhead {wall - function:.2f} s, {share:.1f} % of {LONG_STAGE_SECONDS:.0f} s"
-        print(f"  {name:<34} {wall:6.2f} s   {over}")
+    print(f"processing as a function, python -c  {function_seconds:6.2f} s")
+    for name, seconds in (
+        ("hm run, start to end", median_seconds["command"]),
+        ("the run store", median(recorded_seconds)),
+    ):
+        share = 100 * (seconds - function_seconds) / LONG_STAGE_SECONDS
+        overhead = f"overhead {seconds - function_seconds:.2f} s, {share:.1f} % of {LONG_STAGE_SECONDS:.0f} s"
+        print(f"  {name:<34} {seconds:6.2f} s   {overhead}")
     print(
-        f"  papermill alone, start to end      {peer:6.2f} s   hm is {took['command'] / peer:.2f} x"
+        f"  papermill alone, start to end      {papermill_seconds:6.2f} s   hm is {median_seconds['command'] / papermill_seconds:.2f} x"
     )
-    print(f"hm run of three, nothing changed     {took['unchanged']:6.2f} s")
+    print(f"hm run of three, nothing changed     {median_seconds['unchanged']:6.2f} s")
 
 
 if __name__ == "__main__":

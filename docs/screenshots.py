@@ -1,6 +1,6 @@
-"""Draw the README's pictures of pages: SVG with the page in it, in the reader's light or dark.
+"""Render the README's screenshots: SVG that contains the page, in light or dark.
 
-python docs/screenshots.py LAKE      of a lake in which all stages ran, into docs/images/
+python docs/screenshots.py LAKE      of a lake in which all stages have run, into docs/images/
 """
 
 import os
@@ -16,32 +16,32 @@ from playwright.sync_api import Page, sync_playwright
 
 IMAGES = Path(__file__).parent / "images"
 WIDTH, PORT = 1080, 8765
-TIDY = """() => document.querySelectorAll("script, details > :not(summary), title")
+TIDY_SCRIPT = """() => document.querySelectorAll("script, details > :not(summary), title")
   .forEach((element) => element.remove())"""
-CUT = """(low) => {
+CUT_SCRIPT = """(low) => {
   const below = (element) => element.getBoundingClientRect().top + scrollY > low;
   [...document.body.querySelectorAll("*")].reverse().filter(below).forEach((e) => e.remove());
   return new XMLSerializer().serializeToString(document.documentElement);
 }"""
-NARROW = re.compile(r"@media \(max-width[^{]*\{(?:[^{}]*\{[^{}]*\})*[^{}]*\}")
+NARROW_RULES = re.compile(r"@media \(max-width[^{]*\{(?:[^{}]*\{[^{}]*\})*[^{}]*\}")
 
 
-def picture(page: Page, about: str, start: str, height: int) -> str:
+def render_svg(page: Page, label: str, selector: str, height: int) -> str:
     """The part of a page that begins at the element `start`, as SVG."""
-    page.evaluate(TIDY)
-    box = page.locator(start).first.bounding_box()
+    page.evaluate(TIDY_SCRIPT)
+    box = page.locator(selector).first.bounding_box()
     top = max(int(box["y"]) - 30, 0) if box else 0
-    html = NARROW.sub("", re.sub(r"\s*\n\s*", "\n", page.evaluate(CUT, top + height)))
+    html = NARROW_RULES.sub("", re.sub(r"\s*\n\s*", "\n", page.evaluate(CUT_SCRIPT, top + height)))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 {top} {WIDTH} {height}" '
-        f'width="{WIDTH}" role="img" aria-label="{about}">'
+        f'width="{WIDTH}" role="img" aria-label="{label}">'
         f'<foreignObject x="0" y="0" width="{WIDTH}" height="{top + height}">{html}</foreignObject>'
         "</svg>\n"
     )
 
 
-def wait(url: str) -> None:
-    """Return when something answers at `url`."""
+def wait_for_url(url: str) -> None:
+    """Return when a server responds at `url`."""
     for _ in range(300):
         try:
             urlopen(url).close()
@@ -52,13 +52,21 @@ def wait(url: str) -> None:
 
 
 def main(lake: str) -> None:
-    """All pictures."""
-    run = max(path for path in Path(lake, "reports").iterdir() if (path / "training.html").exists())
-    root, at = f"http://127.0.0.1:{PORT}", f"/reports/{run.name}"
-    shown = [
+    """Render all screenshots."""
+    run_folder = max(
+        path for path in Path(lake, "reports").iterdir() if (path / "training.html").exists()
+    )
+    root, report_path = f"http://127.0.0.1:{PORT}", f"/reports/{run_folder.name}"
+    pages = [
         ("index", "/reports/", "h1", 640, "The index of a lake's reports"),
-        ("training", f"{at}/training.html", "#For-whom", 880, "A training's report: for whom"),
-        ("eda", f"{at}/eda.html", "#Articles", 860, "The report on the data: articles"),
+        (
+            "training",
+            f"{report_path}/training.html",
+            "#For-whom",
+            880,
+            "A training's report: for whom",
+        ),
+        ("eda", f"{report_path}/eda.html", "#Articles", 860, "The report on the data: articles"),
         ("service", "/?q=trousers", "h1", 560, "The service's page"),
     ]
     IMAGES.mkdir(exist_ok=True)
@@ -68,13 +76,13 @@ def main(lake: str) -> None:
         sync_playwright() as playwright,
     ):
         try:
-            wait(f"{root}/readyz")
+            wait_for_url(f"{root}/readyz")
             chromium = os.environ.get("CHROMIUM", "/usr/bin/chromium")
             browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-            for name, path, start, height, about in shown:
+            for name, path, selector, height, label in pages:
                 page = browser.new_page(viewport={"width": WIDTH, "height": 900})
                 page.goto(root + path)
-                (IMAGES / f"{name}.svg").write_text(picture(page, about, start, height))
+                (IMAGES / f"{name}.svg").write_text(render_svg(page, label, selector, height))
         finally:
             service.terminate()
 

@@ -1,4 +1,4 @@
-"""Put the docs site's pages together, or look for links of the built site that lead nowhere.
+"""Build the pages of the docs site, or find dead links in the built site.
 
 python docs/site.py pages      into build/docs, with build/docs.yml for mkdocs
 python docs/site.py links      of build/site
@@ -54,20 +54,20 @@ NAV: dict[str, str | dict[str, str]] = {
 }
 LINK = re.compile(r"\]\(([^)#:\s]+)")
 HREF = re.compile(r'<[a-z][^<>]*\s(?:href|src)="([^"#?]+)')
-OF_A_LAKE = re.compile(r"[a-z]+\.json")  # what a notebook's output links to lies in its lake
+LAKE_FILE = re.compile(r"[a-z]+\.json")  # files of a lake that notebook outputs link to
 
 
-def copy(path: Path) -> None:
-    """Bring a file of the project to the same place among the pages."""
-    to = PAGES / path.relative_to(ROOT)
-    to.parent.mkdir(parents=True, exist_ok=True)
+def copy_page(path: Path) -> None:
+    """Copy a file of the project to the same path below the pages."""
+    target = PAGES / path.relative_to(ROOT)
+    target.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".ipynb":
-        to.write_text(json.dumps(for_readers(json.loads(path.read_text()))))
+        target.write_text(json.dumps(strip_directives(json.loads(path.read_text()))))
     else:
-        shutil.copyfile(path, to)
+        shutil.copyfile(path, target)
 
 
-def for_readers(notebook: dict[str, Any]) -> dict[str, Any]:
+def strip_directives(notebook: dict[str, Any]) -> dict[str, Any]:
     """A notebook without nbdev's directives."""
     cells = []
     for cell in notebook["cells"]:
@@ -78,27 +78,29 @@ def for_readers(notebook: dict[str, Any]) -> dict[str, Any]:
 
 
 def copy_guides() -> None:
-    """README, guides and notebooks, and what the guides link to."""
-    named = ("README.md", "CONTRIBUTING.md", "config/README.md")
-    guides = [*(ROOT / name for name in named), *(ROOT / "docs").rglob("*.md")]
+    """Copy README, guides and notebooks, and the files that the guides link to."""
+    root_pages = ("README.md", "CONTRIBUTING.md", "config/README.md")
+    guides = [*(ROOT / name for name in root_pages), *(ROOT / "docs").rglob("*.md")]
     linked = {
-        (guide.parent / to).resolve() for guide in guides for to in LINK.findall(guide.read_text())
+        (guide.parent / target).resolve()
+        for guide in guides
+        for target in LINK.findall(guide.read_text())
     }
     for path in {*guides, *linked, *(ROOT / "nbs").rglob("[0-9]*.ipynb")}:
         if path.is_file() and ".ipynb_checkpoints" not in path.parts:
-            copy(path)
+            copy_page(path)
 
 
-def as_table(rows: list[dict[str, object]]) -> str:
+def to_markdown_table(rows: list[dict[str, object]]) -> str:
     """Rows as a table in Markdown."""
-    head = list(rows[0])
-    lines = [head, ["---"] * len(head), *([str(row[name]) for name in head] for row in rows)]
+    header = list(rows[0])
+    lines = [header, ["---"] * len(header), *([str(row[name]) for name in header] for row in rows)]
     return "\n".join(
-        "| " + " | ".join(part.replace("|", "\\|") for part in line) + " |" for line in lines
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
     )
 
 
-def stages_page() -> str:
+def build_stages_page() -> str:
     """The parameters of each stage, from the notebooks."""
     from runner.graph import load_pipeline
     from runner.parameters import format_type, read_parameters
@@ -118,112 +120,142 @@ def stages_page() -> str:
             for p in read_parameters(stage.notebook)
         ]
         notebook = f"../{Path(stage.notebook).relative_to(ROOT)}"
-        parts.append(f"## {name}\n\n[The notebook]({notebook})\n\n{as_table(rows)}")
+        parts.append(f"## {name}\n\n[The notebook]({notebook})\n\n{to_markdown_table(rows)}")
     return "\n\n".join(parts)
 
 
-def tables_page() -> str:
+def build_tables_page() -> str:
     """All tables of a lake and their columns, from a small lake."""
     from hm_reco.lake.storage import get_owner
     from hm_reco.lake.tables import list_table_names, scan
     from hm_reco.stages.demo import demo_lake
 
-    lake, parts = demo_lake("training", 300), ["# Tables\n\nDelta tables, by who writes them."]
+    lake, parts = (
+        demo_lake("training", 300),
+        ["# Tables\n\nDelta tables, by the stage that writes them."],
+    )
     for name in list_table_names(lake):
         columns = scan(lake, name).collect_schema()
         rows = [{"column": f"`{column}`", "type": f"`{kind}`"} for column, kind in columns.items()]
         parts.append(
-            f"## {name}\n\nWritten by {get_owner(name) or 'the runner'}.\n\n{as_table(rows)}"
+            f"## {name}\n\nWritten by {get_owner(name) or 'the runner'}.\n\n{to_markdown_table(rows)}"
         )
     return "\n\n".join(parts)
 
 
-def rest_page() -> str:
-    """Routes, and the fields of what they are asked, from the OpenAPI document."""
+def build_rest_page() -> str:
+    """Routes and fields of requests and responses, from the OpenAPI document."""
     from hm_reco.api.app import create_app
 
     document = create_app().openapi()
     routes = [
-        {"route": f"`{method.upper()} {path}`", "what": about.get("description", "").strip()}
+        {"route": f"`{method.upper()} {path}`", "what": details.get("description", "").strip()}
         for path, methods in document["paths"].items()
-        for method, about in methods.items()
+        for method, details in methods.items()
     ]
-    parts = [f"# REST\n\n`/openapi.json` has all of it.\n\n{as_table(routes)}"]
+    parts = [f"# REST\n\n`/openapi.json` is the complete document.\n\n{to_markdown_table(routes)}"]
     for name, schema in document["components"]["schemas"].items():
         if fields := schema.get("properties"):
             rows = [
-                {"field": f"`{field}`", "meaning": about.get("description", about.get("title", ""))}
-                for field, about in fields.items()
+                {
+                    "field": f"`{field}`",
+                    "meaning": details.get("description", details.get("title", "")),
+                }
+                for field, details in fields.items()
             ]
-            parts.append(f"## {name}\n\n{schema.get('description', '')}\n\n{as_table(rows)}")
+            parts.append(
+                f"## {name}\n\n{schema.get('description', '')}\n\n{to_markdown_table(rows)}"
+            )
     return "\n\n".join(parts)
 
 
 def write_reference() -> dict[str, str]:
     """The reference pages; their titles and paths."""
-    found = {}
-    for title, make in (("Stages", stages_page), ("Tables", tables_page), ("REST", rest_page)):
-        found[title] = f"reference/{title.lower()}.md"
-        (PAGES / found[title]).write_text(make())
-    for room in sorted(path for path in (ROOT / "hm_reco").iterdir() if path.is_dir()):
-        modules = sorted(room.glob("[a-z]*.py"))
+    pages = {}
+    for title, build_page in (
+        ("Stages", build_stages_page),
+        ("Tables", build_tables_page),
+        ("REST", build_rest_page),
+    ):
+        pages[title] = f"reference/{title.lower()}.md"
+        (PAGES / pages[title]).write_text(build_page())
+    for package in sorted(path for path in (ROOT / "hm_reco").iterdir() if path.is_dir()):
+        modules = sorted(package.glob("[a-z]*.py"))
         if modules:
-            found[f"hm_reco.{room.name}"] = f"reference/{room.name}.md"
-            names = "\n\n".join(f"::: hm_reco.{room.name}.{module.stem}" for module in modules)
-            (PAGES / f"reference/{room.name}.md").write_text(f"# hm_reco.{room.name}\n\n{names}\n")
-    return found
+            pages[f"hm_reco.{package.name}"] = f"reference/{package.name}.md"
+            names = "\n\n".join(f"::: hm_reco.{package.name}.{module.stem}" for module in modules)
+            (PAGES / f"reference/{package.name}.md").write_text(
+                f"# hm_reco.{package.name}\n\n{names}\n"
+            )
+    return pages
 
 
-def notebooks() -> list[dict[str, object]]:
-    """The notebooks for the navigation, room by room."""
-    rooms = ("core", "model", "eda", "service", "stages", "explore")
+def list_notebooks() -> list[dict[str, object]]:
+    """The notebooks for the navigation, by package."""
+    packages = (
+        "lake",
+        "data",
+        "compute",
+        "retrieval",
+        "ranking",
+        "registry",
+        "serving",
+        "api",
+        "reporting",
+        "stages",
+        "explore",
+    )
     return [
-        {room: [str(p.relative_to(PAGES)) for p in sorted((PAGES / "nbs" / room).glob("*.ipynb"))]}
-        for room in rooms
+        {
+            package: [
+                str(p.relative_to(PAGES)) for p in sorted((PAGES / "nbs" / package).glob("*.ipynb"))
+            ]
+        }
+        for package in packages
     ]
 
 
-def _listed(pages: dict[str, str]) -> list[dict[str, str]]:
+def _to_nav(pages: dict[str, str]) -> list[dict[str, str]]:
     return [{title: path} for title, path in pages.items()]
 
 
 def write_pages() -> None:
-    """Everything that mkdocs needs."""
+    """Write everything that mkdocs needs."""
     shutil.rmtree(PAGES, ignore_errors=True)
     (PAGES / "reference").mkdir(parents=True)
     copy_guides()
     reference = write_reference()
     nav: list[dict[str, Any]] = [
         *(
-            {name: [pages] if isinstance(pages, str) else _listed(pages)}
+            {name: [pages] if isinstance(pages, str) else _to_nav(pages)}
             for name, pages in NAV.items()
         ),
-        {"Notebooks": notebooks()},
+        {"Notebooks": list_notebooks()},
         {"Reference": [{title: path} for title, path in reference.items()]},
         {"Contributing": "CONTRIBUTING.md"},
     ]
-    about: dict[str, Any] = {
+    config: dict[str, Any] = {
         "INHERIT": "../mkdocs.yml",
         "docs_dir": "docs",
         "site_dir": "site",
         "nav": nav,
     }
-    about["hooks"] = ["../docs/site.py"]
+    config["hooks"] = ["../docs/site.py"]
     for name in ("site.css", "offline.js"):
         shutil.copy(ROOT / "docs" / name, PAGES / name)
-    about["extra_css"] = ["site.css"]
-    PAGES.with_suffix(".yml").write_text(yaml.safe_dump(about, sort_keys=False))
+    config["extra_css"] = ["site.css"]
+    PAGES.with_suffix(".yml").write_text(yaml.safe_dump(config, sort_keys=False))
     print(f"{len(list(PAGES.rglob('*.*')))} files in {PAGES.relative_to(ROOT)}")
 
 
 def on_post_page(output: str, page: Any, **_: object) -> str:
-    """Of mkdocs: links from and to notebooks lead to pages, and nothing comes from elsewhere.
+    """mkdocs hook: links to notebooks and guides become page links; nothing is loaded from the web.
 
-    What scrolls can be reached by keyboard, and the search has a name.
+    Scrollable blocks get the keyboard focus, and the search gets a label.
     """
-    up = "../" * page.url.count("/")
+    root_prefix = "../" * page.url.count("/")
     shim = r'<script src="https://[^"]*iframe-worker[^"]*"></script>'
-    output = re.sub(shim, f'<script src="{up}offline.js"></script>', output)
+    output = re.sub(shim, f'<script src="{root_prefix}offline.js"></script>', output)
     output = re.sub(r'<script src="https://[^"]*"></script>', "", output)
     output = output.replace('role="dialog"', 'role="dialog" aria-label="Search"', 1)
     output = output.replace(
@@ -232,25 +264,25 @@ def on_post_page(output: str, page: Any, **_: object) -> str:
     return re.sub(r'(href="(?!https?:)[^"#]+)\.(?:ipynb|md)\b', r"\1.html", output)
 
 
-def dead_links() -> Iterator[str]:
-    """Links of the built site that lead nowhere, or elsewhere for what a page needs."""
+def find_dead_links() -> Iterator[str]:
+    """Dead links of the built site, and assets that a page loads from the web."""
     for page in SITE.rglob("[!4]*.html"):
         text = page.read_text()
-        for to in HREF.findall(text):
-            elsewhere = re.match(r"[a-z]+:|//", to) or OF_A_LAKE.fullmatch(to)
-            if not elsewhere and not (page.parent / unquote(to)).exists():
-                yield f"{page.relative_to(SITE)}: {to}"
-        for needed in re.findall(r'<(?:script|link|img)[^>]+(?:href|src)="(https?://[^"]+)', text):
-            yield f"{page.relative_to(SITE)}: loads {needed}"
+        for link in HREF.findall(text):
+            is_external = re.match(r"[a-z]+:|//", link) or LAKE_FILE.fullmatch(link)
+            if not is_external and not (page.parent / unquote(link)).exists():
+                yield f"{page.relative_to(SITE)}: {link}"
+        for asset in re.findall(r'<(?:script|link|img)[^>]+(?:href|src)="(https?://[^"]+)', text):
+            yield f"{page.relative_to(SITE)}: loads {asset}"
 
 
-def main(what: str) -> int:
-    """Do one of the two."""
-    if what == "pages":
+def main(command: str) -> int:
+    """Run one of the two commands."""
+    if command == "pages":
         write_pages()
         return 0
-    dead = sorted(set(dead_links()))
-    print(*dead[:50], f"{len(dead)} links lead nowhere", sep="\n")
+    dead = sorted(set(find_dead_links()))
+    print(*dead[:50], f"{len(dead)} dead links", sep="\n")
     return bool(dead)
 
 

@@ -2,4 +2,4 @@
 
 import pytest
 
-pytest.register_assert_rewrite("tests.faults", "tests.toys")
+pytest.register_assert_rewrite("tests.fault_injection", "tests.toy_pipeline")

@@ -1,4 +1,4 @@
-"""Fixtures: small lakes on a folder and on S3 (moto's server), and an environment of their own."""
+"""Fixtures: small lakes on a folder and on S3 (moto's server), and a clean environment."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ from playwright.sync_api import Page, sync_playwright
 from hm_reco.data.synthetic import write_synthetic
 from hm_reco.lake.storage import Lake, open_lake
 from hm_reco.stages.demo import demo_lake
-from tests.faults import finish, start
+from tests.fault_injection import finish_run, start_run
 
 # a developer's own settings must not reach the tests
 for name in [name for name in os.environ if name.startswith(("HM_", "AWS_", "S3_"))]:
@@ -30,25 +30,25 @@ BUCKET = "hm-reco-test"
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+def find_free_port() -> int:
+    """Return a free TCP port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
-def until(true: Callable[[], bool], seconds: float = 60) -> None:
-    """Wait for something to become true, at most so long."""
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
+def wait_until(condition: Callable[[], bool], timeout_seconds: float = 60) -> None:
+    """Wait until `condition` returns true; fail after `timeout_seconds`."""
+    deadline = time.monotonic() + timeout_seconds
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
-def wait_for(url: str, seconds: float = 120) -> None:
+def wait_for_url(url: str, timeout_seconds: float = 120) -> None:
     """Return when `url` answers 200; raise `TimeoutError` when it does not in time."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    deadline = time.monotonic() + timeout_seconds
+    while time.monotonic() < deadline:
         with suppress(httpx.TransportError):
             if httpx.get(url, timeout=5).status_code == 200:
                 return
@@ -57,7 +57,7 @@ def wait_for(url: str, seconds: float = 120) -> None:
 
 
 @pytest.fixture(scope="session")
-def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def synthetic_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the synthetic data set's three files, 2,000 customers."""
     folder = tmp_path_factory.mktemp("sample")
     write_synthetic(folder, 2_000)
@@ -65,23 +65,23 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def moto_server() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """An S3 of our own: its address and its process."""
-    # a process of its own: deltalake waits for S3 without letting go of Python's lock
-    port = free_port()
+def run_moto_server() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Run a local S3 server; yields its URL and its process."""
+    # in another process: deltalake holds the interpreter's lock while it waits for S3
+    port = find_free_port()
     url = f"http://127.0.0.1:{port}"
     command = [str(Path(sys.executable).with_name("moto_server")), "-H", "127.0.0.1"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with subprocess.Popen([*command, "-p", str(port)], **quiet) as server:
         try:
-            wait_for(f"{url}/moto-api/data.json")
+            wait_for_url(f"{url}/moto-api/data.json")
             yield url, server
         finally:
             server.terminate()
 
 
-def s3_settings(url: str) -> dict[str, str]:
-    """The environment for a server of our own."""
+def build_s3_environment(url: str) -> dict[str, str]:
+    """Environment variables for the local S3 server."""
     return {
         "AWS_ENDPOINT_URL": url,
         "AWS_ACCESS_KEY_ID": "testing",
@@ -91,10 +91,10 @@ def s3_settings(url: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def watched() -> dict[str, str]:
-    """What has coverage look into processes, taken out of the environment.
+def coverage_environment() -> dict[str, str]:
+    """The variable that measures coverage in subprocesses, removed from the environment.
 
-    Python is half as slow again with it. Tests give it to the processes that are worth a look.
+    With it Python is 50 % slower. Tests pass it only to the processes that they measure.
     """
     name = "COVERAGE_PROCESS_CONFIG"
     return {name: os.environ.pop(name)} if name in os.environ else {}
@@ -102,9 +102,9 @@ def watched() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def s3() -> Iterator[str]:
-    """The root of an empty S3 bucket on a server of our own, with the environment set for it."""
-    with moto_server() as (url, _):
-        settings = s3_settings(url)
+    """The root of an empty S3 bucket on a local server; sets the environment variables for it."""
+    with run_moto_server() as (url, _):
+        settings = build_s3_environment(url)
         os.environ |= settings
         boto3.client("s3").create_bucket(Bucket=BUCKET)
         yield f"s3://{BUCKET}"
@@ -129,23 +129,23 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The synthetic data set's three files, 500 customers; of the purchases the last half year."""
     folder = tmp_path_factory.mktemp("small")
     write_synthetic(folder, 500)
-    sales = folder / "transactions_train.csv"
-    head, *rows = sales.read_text().splitlines(keepends=True)
-    sales.write_text("".join([head, *(row for row in rows if row >= "2020-03-20")]))
+    transactions_file = folder / "transactions_train.csv"
+    header, *rows = transactions_file.read_text().splitlines(keepends=True)
+    transactions_file.write_text("".join([header, *(row for row in rows if row >= "2020-03-20")]))
     return folder
 
 
 @pytest.fixture(scope="session")
-def undisturbed(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Lake:
-    """A lake after a whole run that nothing disturbed."""
+def reference_lake(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Lake:
+    """A lake after a complete run without faults."""
     lake = str(tmp_path_factory.mktemp("undisturbed") / "lake")
-    finish(start(lake, small_data))
+    finish_run(start_run(lake, small_data))
     return open_lake(lake)
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 40 MB; skips where none may be mounted."""
+    """A disk of 40 MB; skips if mounting is not allowed."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(disk)]
@@ -157,7 +157,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def page() -> Iterator[Page]:
-    """A page of a real browser, in which nothing may go wrong."""
+    """A page of a real browser; fails on errors and console messages."""
     if not CHROMIUM:
         pytest.skip("no chromium on this machine")
     with sync_playwright() as playwright:
@@ -171,12 +171,12 @@ def page() -> Iterator[Page]:
         browser.close()
 
 
-def faults(page: Page) -> list[str]:
-    """What axe-core calls serious or critical for people who see, hear or move otherwise."""
-    options = {"preload": False}  # else axe asks for stylesheets that a file may not ask for
-    found = Axe().run(page, options=options).response["violations"]
+def find_accessibility_violations(page: Page) -> list[str]:
+    """Serious and critical accessibility violations that axe-core finds."""
+    options = {"preload": False}  # otherwise axe loads stylesheets, which a file:// page may not
+    violations = Axe().run(page, options=options).response["violations"]
     return [
-        f"{one['id']}: {one['nodes'][0]['html'][:200]}"
-        for one in found
-        if one["impact"] in ("serious", "critical")
+        f"{violation['id']}: {violation['nodes'][0]['html'][:200]}"
+        for violation in violations
+        if violation["impact"] in ("serious", "critical")
     ]

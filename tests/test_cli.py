@@ -1,4 +1,4 @@
-"""The command line: what is wrong is said in one message, with a non-zero exit."""
+"""The command line: an error is one message and a non-zero exit code."""
 
 import json
 import subprocess
@@ -14,26 +14,28 @@ from hm_reco.lake.lease import hold_leases
 from hm_reco.lake.storage import open_lake
 from runner.cli import app
 
-hm = CliRunner()
-PARTS = [part.typer_instance for part in app.registered_groups if part.name is None]
-COMMANDS = [command for part in PARTS for command in part.registered_commands]
+cli_runner = CliRunner()
+COMMAND_GROUPS = [group.typer_instance for group in app.registered_groups if group.name is None]
+COMMANDS = [command for group in COMMAND_GROUPS for command in group.registered_commands]
 
 
 @pytest.mark.parametrize("command", [c.name or c.callback.__name__ for c in COMMANDS])
 def test_every_command_has_help(command):
-    done = hm.invoke(app, [command, "--help"])
-    assert done.exit_code == 0 and len(done.output) > 200
+    result = cli_runner.invoke(app, [command, "--help"])
+    assert result.exit_code == 0 and len(result.output) > 200
 
 
-def test_sample_writes_three_files(tmp_path):
-    done = hm.invoke(app, ["generate", "--out", str(tmp_path), "--customers", "50", "--json"])
-    rows = {row["table"]: row["rows"] for row in json.loads(done.output)}
+def test_generate_writes_three_files(tmp_path):
+    result = cli_runner.invoke(
+        app, ["generate", "--out", str(tmp_path), "--customers", "50", "--json"]
+    )
+    rows = {row["table"]: row["rows"] for row in json.loads(result.output)}
     for table, name in (("customers", "customers"), ("transactions", "transactions_train")):
         assert pl.read_csv(tmp_path / f"{name}.csv", infer_schema=False).height == rows[table]
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
         (["run", "trainig"], "did you mean 'training'"),
         (["run", "training", "-p", "round=3"], "did you mean 'rounds'"),
@@ -49,38 +51,38 @@ def test_sample_writes_three_files(tmp_path):
         (["run", "--params", "{tmp}/none.yaml"], "No such file"),
     ],
 )
-def test_errors_name_the_thing(words, message, tmp_path):
-    done = hm.invoke(app, [word.replace("{tmp}", str(tmp_path)) for word in words])
-    assert done.exit_code == 1
-    assert message in " ".join(done.output.split())
-    assert "Traceback" not in done.output
+def test_invalid_argument_is_named_without_traceback(args, message, tmp_path):
+    result = cli_runner.invoke(app, [arg.replace("{tmp}", str(tmp_path)) for arg in args])
+    assert result.exit_code == 1
+    assert message in " ".join(result.output.split())
+    assert "Traceback" not in result.output
 
 
-def test_bad_data_fails_the_first_stage_and_names_the_notebook(tmp_path):
+def test_run_without_input_files_fails_ingestion_and_names_notebook(tmp_path):
     (tmp_path / "data").mkdir()
     lake = tmp_path / "lake"
-    done = hm.invoke(app, ["run", "--data", str(tmp_path / "data"), "--lake", str(lake)])
-    output = " ".join(done.output.split())
-    assert done.exit_code == 1 and "stage 'ingestion' failed: ValueError" in output
+    result = cli_runner.invoke(app, ["run", "--data", str(tmp_path / "data"), "--lake", str(lake)])
+    output = " ".join(result.output.split())
+    assert result.exit_code == 1 and "stage 'ingestion' failed: ValueError" in output
     assert "expected files like articles.csv" in output and "ingestion.ipynb" in output
 
 
-def test_the_command_is_installed():
+def test_hm_command_is_installed():
     command = Path(sys.executable).with_name("hm")
-    done = subprocess.run([command, "--help"], capture_output=True, text=True, check=True)
-    assert "submission" in done.stdout
+    result = subprocess.run([command, "--help"], capture_output=True, text=True, check=True)
+    assert "submission" in result.stdout
 
 
-def test_due_sources_are_read_and_others_are_not(sample, tmp_path):
-    lake, file = str(tmp_path / "lake"), tmp_path / "sources.yaml"
-    source = {"name": "shop", "uri": str(sample), "schedule": "* * * * *"}
-    later = {"name": "yearly", "uri": str(tmp_path / "nowhere"), "schedule": "0 0 1 1 *"}
-    words = ["ingest", "--due", "--lake", lake, "--params", str(file)]
+def test_ingest_due_reads_due_sources_only(synthetic_files, tmp_path):
+    lake, parameter_file = str(tmp_path / "lake"), tmp_path / "sources.yaml"
+    source = {"name": "shop", "uri": str(synthetic_files), "schedule": "* * * * *"}
+    yearly_source = {"name": "yearly", "uri": str(tmp_path / "nowhere"), "schedule": "0 0 1 1 *"}
+    args = ["ingest", "--due", "--lake", lake, "--params", str(parameter_file)]
 
     def ingest(*sources: dict) -> tuple[int, str]:
-        file.write_text(json.dumps({"ingestion": {"sources": sources}}))
-        done = hm.invoke(app, words)
-        return done.exit_code, done.output
+        parameter_file.write_text(json.dumps({"ingestion": {"sources": sources}}))
+        result = cli_runner.invoke(app, args)
+        return result.exit_code, result.output
 
     assert ingest(source | {"schedule": ""}) == (0, "nothing is due of 1 sources\n")
     code, output = ingest(source)
@@ -88,36 +90,39 @@ def test_due_sources_are_read_and_others_are_not(sample, tmp_path):
     states = [load.state for load in read_loads(open_lake(lake))]
     assert states == ["loaded"] * 3
     assert ingest(source | {"schedule": "0 0 1 1 *"})[1].startswith("nothing is due")
-    with hold_leases(open_lake(lake), ["ingestion"]):  # somebody else is at work
-        code, output = ingest(later)
+    with hold_leases(open_lake(lake), ["ingestion"]):  # another process holds the lease
+        code, output = ingest(yearly_source)
     assert code == 0 and "will be read the next time" in output
-    code, output = ingest(source | {"schedule": "0 0 1 1 *"}, later)  # never read before
+    code, output = ingest(source | {"schedule": "0 0 1 1 *"}, yearly_source)  # never read before
     assert code == 1 and "nowhere: no such folder or file" in output
     code, output = ingest(source | {"schedule": "every day"})
     assert code == 1 and "source shop" in output
 
 
-@pytest.mark.parametrize("words", [["run"], ["plan"], ["runs"], ["lake"], ["models"]])
-def test_a_bucket_that_is_not_there_is_told(s3, words):
-    done = hm.invoke(app, [*words, "--lake", "s3://nobodys-bucket/lake"])
-    assert done.exit_code == 1 and isinstance(done.exception, SystemExit)
-    assert "error S3: " in done.output and "bucket does not exist; expected a bucket" in done.output
+@pytest.mark.parametrize("args", [["run"], ["plan"], ["runs"], ["lake"], ["models"]])
+def test_missing_bucket_is_reported(s3, args):
+    result = cli_runner.invoke(app, [*args, "--lake", "s3://missing-bucket/lake"])
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+    assert (
+        "error S3: " in result.output
+        and "bucket does not exist; expected a bucket" in result.output
+    )
 
 
-def test_a_password_in_a_parameter_is_neither_kept_nor_shown(tmp_path):
-    place = "postgresql://me:hunter2@db/shop"  # pragma: allowlist secret
-    for words in (["-p", f"data={place}"], ["-p", f'sources=[{{uri: "{place}"}}]']):
-        done = hm.invoke(app, ["run", "ingestion", "--lake", str(tmp_path), *words])
-        assert done.exit_code == 1 and "a password in a URL" in done.output
-        assert "hunter2" not in done.output and not list(tmp_path.iterdir())
+def test_password_in_parameter_is_rejected_and_not_shown(tmp_path):
+    uri = "postgresql://me:hunter2@db/shop"  # pragma: allowlist secret
+    for args in (["-p", f"data={uri}"], ["-p", f'sources=[{{uri: "{uri}"}}]']):
+        result = cli_runner.invoke(app, ["run", "ingestion", "--lake", str(tmp_path), *args])
+        assert result.exit_code == 1 and "a password in a URL" in result.output
+        assert "hunter2" not in result.output and not list(tmp_path.iterdir())
 
 
-def test_a_module_edited_by_hand_is_told_with_the_way_back(monkeypatch):
-    edited = {"hm_reco/core/lake.py": "nbs/lake/01_storage.ipynb"}
-    for found, code in ((edited, 1), ({}, 0)):
+def test_check_export_with_unsynced_module_names_command(monkeypatch):
+    edited = {"hm_reco/lake/storage.py": "nbs/lake/01_storage.ipynb"}
+    for unsynced, code in ((edited, 1), ({}, 0)):
         monkeypatch.setattr(
-            "hm_reco.lake.fingerprint.find_unsynced_modules", lambda root, it=found: it
+            "hm_reco.lake.fingerprint.find_unsynced_modules", lambda root, modules=unsynced: modules
         )
-        told = hm.invoke(app, ["check-export"])
-        assert told.exit_code == code
-        assert ("nbdev-update --fname hm_reco/core/lake.py" in told.output) == bool(found)
+        result = cli_runner.invoke(app, ["check-export"])
+        assert result.exit_code == code
+        assert ("nbdev-update --fname hm_reco/lake/storage.py" in result.output) == bool(unsynced)

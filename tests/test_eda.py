@@ -1,4 +1,4 @@
-"""The report on the data: its numbers by hand, its JSON by its schema, its page in a browser."""
+"""The data report: hand-computed figures, JSON against its schema, the HTML page."""
 
 import json
 from datetime import date, timedelta
@@ -41,27 +41,27 @@ def report(trained_lake: Lake) -> Report:
     return build_report(trained_lake, "r1", "", date(2020, 9, 24))
 
 
-def bought(*rows: tuple[object, ...], more: tuple[str, ...] = ()) -> pl.LazyFrame:
-    return pl.LazyFrame(rows, schema=["customer", "article", "day", *more], orient="row")
+def build_purchases(*rows: tuple[object, ...], extra_columns: tuple[str, ...] = ()) -> pl.LazyFrame:
+    return pl.LazyFrame(rows, schema=["customer", "article", "day", *extra_columns], orient="row")
 
 
-def test_the_sections_agree_with_each_other(report, trained_lake):
-    numbers = {section.name: section.figures for section in report.sections}
+def test_report_sections_agree_on_totals(report, trained_lake):
+    figures = {section.name: section.figures for section in report.sections}
     purchases = scan(trained_lake, "processed/purchases")
     units = purchases.select(pl.col("units").sum()).collect().item()
-    assert numbers["overview"]["units"] == units
+    assert figures["overview"]["units"] == units
     assert aggregate_by_customer(purchases)["units"].sum() == units
     assert aggregate_by_article(purchases)["units"].sum() == units
-    assert sum(row["customers"] for row in numbers["customers"]["states"]) == 1_500
-    assert sum(row["units"] for row in numbers["articles"]["price_bands"]) == units
-    assert sum(row["share"] for row in numbers["purchases"]["weekdays"]) == pytest.approx(1)
-    sources = {row["source"]: row["recall"] for row in numbers["candidate_recall"]["sources"]}
+    assert sum(row["customers"] for row in figures["customers"]["states"]) == 1_500
+    assert sum(row["units"] for row in figures["articles"]["price_bands"]) == units
+    assert sum(row["share"] for row in figures["purchases"]["weekdays"]) == pytest.approx(1)
+    sources = {row["source"]: row["recall"] for row in figures["candidate_recall"]["sources"]}
     assert sources["all of them"] >= max(sources.values())
-    assert numbers["quality"]["days_since_last"] == 2
+    assert figures["quality"]["days_since_last"] == 2
     assert all(section.findings for section in report.sections)
 
 
-def test_the_json_fits_its_schema_and_knows_no_nan(report):
+def test_report_json_matches_schema_without_nan(report):
     content = json.loads(dump_report(report), parse_constant=pytest.fail)
     jsonschema.validate(content, json.loads(build_report_schema()))
     assert Report.model_validate(content) == report
@@ -71,54 +71,59 @@ def test_the_json_fits_its_schema_and_knows_no_nan(report):
         )
 
 
-def test_warmth_and_concentration_by_hand():
-    people = pl.DataFrame({"last": [LAST, LAST - timedelta(days=28), LAST - timedelta(days=91)]})
-    states = compute_recency(people, 4, LAST)
+def test_recency_and_concentration_example():
+    customers = pl.DataFrame({"last": [LAST, LAST - timedelta(days=28), LAST - timedelta(days=91)]})
+    states = compute_recency(customers, 4, LAST)
     assert dict(states.select("state", "customers").rows()) == dict.fromkeys(
         ("active", "lapsing", "lapsed", "cold"), 1
     )
     assert compute_concentration(pl.Series([1, 1, 1, 7]), (0.25, 1.0)) == {"0.25": 0.7, "1": 1.0}
 
 
-def test_cohorts_by_hand():
+def test_retention_example():
     days = (date(2020, 1, 31), date(2020, 2, 1), date(2020, 1, 1))
-    rows = compute_retention(bought((1, 1, days[0]), (1, 1, days[1]), (2, 1, days[2])))
+    rows = compute_retention(build_purchases((1, 1, days[0]), (1, 1, days[1]), (2, 1, days[2])))
     assert rows.rows() == [("2020-01", 0, 2, 1.0), ("2020-01", 1, 1, 0.5)]
 
 
-def test_rebuying_by_hand():
-    before = LAST - timedelta(days=30)
-    purchases = bought((1, 1, LAST), (1, 1, before), (1, 2, LAST), (2, 1, LAST), (2, 2, before))
-    kinds = {"article": [1, 2], "product": [7, 7], "type": [3, 4], "department": [5, 5]}
+def test_repeat_shares_example():
+    previous_day = LAST - timedelta(days=30)
+    purchases = build_purchases(
+        (1, 1, LAST), (1, 1, previous_day), (1, 2, LAST), (2, 1, LAST), (2, 2, previous_day)
+    )
+    attributes = {"article": [1, 2], "product": [7, 7], "type": [3, 4], "department": [5, 5]}
     shares = dict(
-        compute_repeat_shares(purchases, pl.LazyFrame(kinds), LAST)
+        compute_repeat_shares(purchases, pl.LazyFrame(attributes), LAST)
         .select("attribute", "share")
         .rows()
     )
     assert shares == {"article": 1 / 3, "product": 1.0, "type": 1 / 3, "department": 1.0}
 
 
-def test_lives_bands_and_mixes_by_hand():
+def test_life_curve_price_bands_and_mix_example():
     days = (date(2019, 1, 1), date(2020, 1, 1))
-    begun = date(2019, 3, 1)
-    rows = [(1, 1, begun + timedelta(weeks=n), 2 - n % 2, 0.1) for n in range(4)]
-    purchases = bought((2, 2, days[0], 9, 0.3), *rows, more=("units", "price"))
-    sold = aggregate_by_article(purchases)
-    curve = compute_life_curve(purchases, sold, days)  # article 2 began with the data
+    first_day = date(2019, 3, 1)
+    rows = [(1, 1, first_day + timedelta(weeks=n), 2 - n % 2, 0.1) for n in range(4)]
+    purchases = build_purchases((2, 2, days[0], 9, 0.3), *rows, extra_columns=("units", "price"))
+    article_sales = aggregate_by_article(purchases)
+    curve = compute_life_curve(purchases, article_sales, days)  # article 2 began with the data
     assert curve["share"].to_list() == pytest.approx([2 / 6, 1 / 6, 2 / 6, 1 / 6])
-    assert compute_price_bands(sold)["units"].sum() == 15
-    words = pl.DataFrame({"article": [1, 2, 3], "colour": ["Red", "Red", "Blue"]})
-    assert compute_mix(sold, words, "colour").rows() == [("Red", 2 / 3, 1.0), ("Blue", 1 / 3, 0.0)]
+    assert compute_price_bands(article_sales)["units"].sum() == 15
+    articles = pl.DataFrame({"article": [1, 2, 3], "colour": ["Red", "Red", "Blue"]})
+    assert compute_mix(article_sales, articles, "colour").rows() == [
+        ("Red", 2 / 3, 1.0),
+        ("Blue", 1 / 3, 0.0),
+    ]
 
 
-def test_baskets_and_discounts_by_hand():
+def test_baskets_and_discounts_example():
     rows = [
         (1, 1, LAST, 1, 10.0),
         (1, 2, LAST, 2, 5.0),
         (2, 1, LAST, 1, 8.9),
         (3, 1, LAST, 1, 10.0),
     ]
-    purchases = bought(*rows, more=("units", "price"))
+    purchases = build_purchases(*rows, extra_columns=("units", "price"))
     assert compute_basket_sizes(purchases).rows() == [
         (1, pytest.approx(2 / 3)),
         (3, pytest.approx(1 / 3)),
@@ -126,45 +131,53 @@ def test_baskets_and_discounts_by_hand():
     assert compute_discounts(purchases)["share"].to_list() == [1 / 5]
 
 
-def test_lists_know_nothing_of_the_week_they_are_judged_on(trained_lake):
+def test_candidate_lists_ignore_evaluation_week(trained_lake):
     start = LAST - timedelta(days=6)
-    bought_, people, shop = (scan(trained_lake, name) for name in TABLES)
-    who = people.head(50).select("customer", "age").collect()
-    products = shop.select("article", "product").collect()
+    purchases, customers, articles = (scan(trained_lake, name) for name in TABLES)
+    sampled_customers = customers.head(50).select("customer", "age").collect()
+    products = articles.select("article", "product").collect()
     day = pl.col("day")
-    lists = build_candidate_lists(bought_.filter(day < start), who, products, start)
-    mine = bought_.filter(day < start).collect().join(who, on="customer", how="semi")
-    own = lists.filter(source="own history").select("customer", "article")
-    assert own.sort("customer", "article").equals(
-        mine.select("customer", "article").unique().sort("customer", "article")
+    lists = build_candidate_lists(purchases.filter(day < start), sampled_customers, products, start)
+    sampled_purchases = (
+        purchases.filter(day < start).collect().join(sampled_customers, on="customer", how="semi")
     )
-    whole = candidate_recall_section(bought_, people, shop, LAST).figures
-    noise = bought_.with_columns(units=pl.when(day >= start).then(1_000).otherwise("units"))
-    assert candidate_recall_section(noise, people, shop, LAST).figures == whole
+    repurchase_list = lists.filter(source="own history").select("customer", "article")
+    assert repurchase_list.sort("customer", "article").equals(
+        sampled_purchases.select("customer", "article").unique().sort("customer", "article")
+    )
+    expected = candidate_recall_section(purchases, customers, articles, LAST).figures
+    noisy_purchases = purchases.with_columns(
+        units=pl.when(day >= start).then(1_000).otherwise("units")
+    )
+    assert candidate_recall_section(noisy_purchases, customers, articles, LAST).figures == expected
 
 
-def test_alarms_for_holes_and_rows_set_aside():
+def test_quality_section_reports_gaps_and_quarantined_rows():
     lake = demo_lake("processing", 300)
-    hole = scan(lake, "processed/purchases").filter(pl.col("day") != LAST - timedelta(days=3))
-    aside = scan(lake, "raw/transactions").head(50).with_columns(rule=pl.lit("price|max"))
-    write(lake, "quarantine/transactions", aside)
-    section = quality_section(open_lake(lake.root), hole, LAST)
-    assert LAST - timedelta(days=3) in find_empty_days(hole)
-    alarms = [alert.text for alert in section.alerts if alert.level == "error"]
-    assert len(alarms) == 2 and "were set aside" in alarms[0] and "No purchase on" in alarms[1]
+    purchases_with_gap = scan(lake, "processed/purchases").filter(
+        pl.col("day") != LAST - timedelta(days=3)
+    )
+    quarantined = scan(lake, "raw/transactions").head(50).with_columns(rule=pl.lit("price|max"))
+    write(lake, "quarantine/transactions", quarantined)
+    section = quality_section(open_lake(lake.root), purchases_with_gap, LAST)
+    assert LAST - timedelta(days=3) in find_empty_days(purchases_with_gap)
+    errors = [alert.text for alert in section.alerts if alert.level == "error"]
+    assert len(errors) == 2 and "were set aside" in errors[0] and "No purchase on" in errors[1]
 
 
-def test_drift_between_versions():
+def test_drift_section_reports_changed_price():
     lake = demo_lake("processing", 500)
-    before = {name: get_table_version(lake, name) for name in TABLES}
+    old_versions = {name: get_table_version(lake, name) for name in TABLES}
     rows = scan(lake, "processed/purchases").with_columns(price=2 * pl.col("price"))
     write(lake, "processed/purchases", rows.collect(), ("shard", "week"))
-    lake = Lake(lake.root)  # sees the newest version
-    now = before | {"processed/purchases": before["processed/purchases"] + 1}
-    found = drift_section(lake, now, resolve_versions(lake, str(before["processed/purchases"])))
-    alarms = [alert.text for alert in found.alerts if alert.level == "error"]
-    assert len(alarms) == 1 and alarms[0].startswith("price shows major drift")
-    distances = {row["column"]: row["distance"] for row in found.figures["columns"]}
+    lake = Lake(lake.root)  # reads the latest version
+    new_versions = old_versions | {"processed/purchases": old_versions["processed/purchases"] + 1}
+    section = drift_section(
+        lake, new_versions, resolve_versions(lake, str(old_versions["processed/purchases"]))
+    )
+    errors = [alert.text for alert in section.alerts if alert.level == "error"]
+    assert len(errors) == 1 and errors[0].startswith("price shows major drift")
+    distances = {row["column"]: row["distance"] for row in section.figures["columns"]}
     assert distances["price"] > 0.5 and distances["units"] == 0
     with pytest.raises(ValueError, match="no version 99"):
         resolve_versions(lake, "99")
@@ -172,16 +185,18 @@ def test_drift_between_versions():
         resolve_versions(lake, "yesterday")
 
 
-def test_hm_eda_holds_a_threshold():
+def test_eda_command_fails_on_alert_level():
     lake = demo_lake("processing", 2_000)
-    run = CliRunner().invoke(app, ["eda", "--lake", lake.root, "--fail-on", "error"])
-    assert run.exit_code == 0 and "warning" in run.output, run.output
+    result = CliRunner().invoke(app, ["eda", "--lake", lake.root, "--fail-on", "error"])
+    assert result.exit_code == 0 and "warning" in result.output, result.output
     reports = Path(lake.root, "reports")
     for name in ("eda.html", "eda.json", "eda.schema.json"):
         assert len(list(reports.glob(f"*/{name}"))) == 1
     page = next(reports.glob("*/eda.html")).read_text()
     assert len(page) < 3e6 and "https://cdn" not in page and "<script" not in page
-    again_ = CliRunner().invoke(app, ["eda", "--lake", lake.root, "--fail-on", "warning"])
-    assert again_.exit_code == 1, again_.output
-    wrong = CliRunner().invoke(app, ["eda", "--lake", lake.root, "--fail-on", "everything"])
-    assert wrong.exit_code == 1 and "expected notice or alarm" in wrong.output
+    warning_result = CliRunner().invoke(app, ["eda", "--lake", lake.root, "--fail-on", "warning"])
+    assert warning_result.exit_code == 1, warning_result.output
+    invalid_result = CliRunner().invoke(
+        app, ["eda", "--lake", lake.root, "--fail-on", "everything"]
+    )
+    assert invalid_result.exit_code == 1 and "expected notice or alarm" in invalid_result.output

@@ -1,6 +1,6 @@
-"""Real faults on a folder: killed kernels and runners, two runs at once, SIGTERM, a full disk.
+"""Real faults on a local lake: killed kernels and runners, concurrent runs, SIGTERM, full disk.
 
-After each: run again, and the tables are those of a run that nobody disturbed.
+After each fault, a second run gives the tables of an undisturbed run.
 """
 
 import signal
@@ -9,57 +9,57 @@ import psutil
 
 from hm_reco.lake.runs import read_runs
 from hm_reco.lake.storage import open_lake
-from tests.faults import (
-    assert_same,
-    contents,
-    finish,
-    kill_a_kernel_that_starts,
+from tests.fault_injection import (
+    assert_same_tables,
+    finish_run,
     kill_at_each_stage,
-    run_two_at_once,
-    run_until_it_writes,
-    start,
+    kill_starting_kernel,
+    read_tables,
+    run_two_concurrently,
+    run_until_first_write,
+    start_run,
 )
 
 
-def test_kill_9_of_kernel_and_runner_at_each_stage(small_data, undisturbed, tmp_path):
-    kill_at_each_stage(str(tmp_path / "lake"), small_data, undisturbed)
+def test_run_recovers_from_sigkill_at_each_stage(small_data, reference_lake, tmp_path):
+    kill_at_each_stage(str(tmp_path / "lake"), small_data, reference_lake)
 
 
-def test_a_kernel_killed_while_it_starts_is_told_as_killed(small_data, tmp_path):
-    kill_a_kernel_that_starts(str(tmp_path / "lake"), small_data)
+def test_kernel_killed_at_start_is_reported_as_killed(small_data, tmp_path):
+    kill_starting_kernel(str(tmp_path / "lake"), small_data)
 
 
-def test_two_runs_at_once_do_not_mix(small_data, undisturbed, tmp_path):
-    run_two_at_once(str(tmp_path / "lake"), small_data, undisturbed)
+def test_concurrent_runs_do_not_mix(small_data, reference_lake, tmp_path):
+    run_two_concurrently(str(tmp_path / "lake"), small_data, reference_lake)
 
 
-def test_sigterm_ends_a_run_in_order(small_data, undisturbed, tmp_path):
+def test_run_on_sigterm_stops_cleanly(small_data, reference_lake, tmp_path):
     lake = open_lake(str(tmp_path / "lake"))
-    for process in run_until_it_writes(lake, small_data, "processing"):
+    for process in run_until_first_write(lake, small_data, "processing"):
         process.send_signal(signal.SIGTERM)
-        output = finish(process, 128 + signal.SIGTERM)
+        output = finish_run(process, 128 + signal.SIGTERM)
         assert "the runner got SIGTERM" in output
-    [*_, entry] = read_runs(lake)
-    assert (entry.stage, entry.state) == ("processing", "stopped")
-    assert "did not succeed: stopped" in lake.path(entry.notebook).read_text()
-    finish(start(lake.root, small_data))
-    assert_same(lake, undisturbed)
+    [*_, stage_run] = read_runs(lake)
+    assert (stage_run.stage, stage_run.state) == ("processing", "stopped")
+    assert "did not succeed: stopped" in lake.path(stage_run.notebook).read_text()
+    finish_run(start_run(lake.root, small_data))
+    assert_same_tables(lake, reference_lake)
 
 
-def test_a_full_disk_fails_the_stage_and_loses_nothing(small_data, undisturbed, small_disk):
+def test_full_disk_fails_stage_without_data_loss(small_data, reference_lake, small_disk):
     lake = open_lake(str(small_disk / "lake"))
-    finish(start(lake.root, small_data, "--force"))
-    before = contents(lake)
-    free = psutil.disk_usage(str(small_disk)).free
-    (small_disk / "fill").write_bytes(bytes(max(free - 60_000, 0)))
-    output = finish(start(lake.root, small_data, "--force", "-p", "reload=true"), 1)
+    finish_run(start_run(lake.root, small_data, "--force"))
+    before = read_tables(lake)
+    free_bytes = psutil.disk_usage(str(small_disk)).free
+    (small_disk / "fill").write_bytes(bytes(max(free_bytes - 60_000, 0)))
+    output = finish_run(start_run(lake.root, small_data, "--force", "-p", "reload=true"), 1)
     assert "No space left on device" in output
-    failed = [e for e in read_runs(lake) if e.state == "failed"]
-    assert failed and "No space left on device" in failed[-1].error
-    after = contents(lake)
+    failed_runs = [e for e in read_runs(lake) if e.state == "failed"]
+    assert failed_runs and "No space left on device" in failed_runs[-1].error
+    after = read_tables(lake)
     assert all(rows.equals(after[name]) for name, rows in before.items())
     (small_disk / "fill").unlink()
-    finish(start(lake.root, small_data))
-    one, two = contents(lake), contents(undisturbed)
-    for name in two.keys() - {"artifacts/registry"}:
-        assert one[name].equals(two[name]), name
+    finish_run(start_run(lake.root, small_data))
+    actual, expected = read_tables(lake), read_tables(reference_lake)
+    for name in expected.keys() - {"artifacts/registry"}:
+        assert actual[name].equals(expected[name]), name

@@ -1,4 +1,4 @@
-"""The house: who may lean on whom, and the anatomy of a notebook."""
+"""The layout: which package may import which, and the parts of a notebook."""
 
 import ast
 import re
@@ -8,7 +8,7 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LIBRARY = (  # a package imports itself and those before it
+LIBRARY = (  # a package may import itself and earlier packages
     "lake",
     "data",
     "compute",
@@ -20,7 +20,7 @@ LIBRARY = (  # a package imports itself and those before it
     "reporting",
     "stages",
 )
-IMPORTS = {  # what a package may import besides
+EXTRA_IMPORTS = {  # further imports that a package may have
     "hm_reco/api": {"reports"},
     "hm_reco/reporting": {"reports"},
     "hm_reco/stages": {"reports"},
@@ -32,17 +32,17 @@ PACKAGES = (*(f"hm_reco/{name}" for name in LIBRARY), "runner", "reports", "depl
 MAX_SHARE = 0.18  # of the library's lines, in one package
 MAX_STAGE_CELLS = 15  # exported
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("[0-9]*.ipynb"))
-READ_ONLY = ("nbs", "explore")  # folders whose notebooks are not exported
+NOT_EXPORTED = ("nbs", "explore")  # folders whose notebooks are not exported
 STAGES = [path for path in NOTEBOOKS if path.parent.name == "stages" and path.name[0] != "0"]
 
 
-def imports(path: Path, lazy: bool = True) -> set[str]:
-    """Modules that a file imports, as absolute names; `lazy`: those inside of functions, too."""
+def list_imports(path: Path, include_lazy: bool = True) -> set[str]:
+    """Absolute names of the modules that a file imports; `include_lazy`: in functions, too."""
     tree = ast.parse(path.read_text())
     nodes = list(ast.walk(tree))
-    if not lazy:
-        inside = {n for f in nodes if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
-        nodes = [node for node in nodes if node not in inside]
+    if not include_lazy:
+        lazy_nodes = {n for f in nodes if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+        nodes = [node for node in nodes if node not in lazy_nodes]
     names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
     package = path.relative_to(ROOT).with_suffix("").parts
     for node in (n for n in nodes if isinstance(n, ast.ImportFrom)):
@@ -51,25 +51,25 @@ def imports(path: Path, lazy: bool = True) -> set[str]:
     return names
 
 
-def allowed_imports(package: str) -> set[str]:
-    """What a package may import."""
-    allowed = set(IMPORTS.get(package, ()))
+def list_allowed_imports(package: str) -> set[str]:
+    """The packages that `package` may import."""
+    allowed = set(EXTRA_IMPORTS.get(package, ()))
     if package.startswith("hm_reco/"):
-        before = LIBRARY[: LIBRARY.index(package.removeprefix("hm_reco/")) + 1]
-        allowed |= {f"hm_reco.{name}" for name in before}
+        earlier = LIBRARY[: LIBRARY.index(package.removeprefix("hm_reco/")) + 1]
+        allowed |= {f"hm_reco.{name}" for name in earlier}
     return allowed
 
 
-def forbidden_imports(path: Path, package: str) -> set[str]:
-    # the command line composes everything: it may import any package, inside of functions
-    composes = path.is_relative_to(ROOT / "runner" / "cli")
-    ours = {
+def find_forbidden_imports(path: Path, package: str) -> set[str]:
+    # the command line may import any package, but only in functions
+    is_cli = path.is_relative_to(ROOT / "runner" / "cli")
+    own_imports = {
         name
-        for name in imports(path, lazy=not composes)
+        for name in list_imports(path, include_lazy=not is_cli)
         if name.split(".")[0] in ("hm_reco", "runner", "reports", "deploy")
     }
-    allowed = allowed_imports(package)
-    return {n for n in ours if not any((n + ".").startswith(f"{a}.") for a in allowed)}
+    allowed = list_allowed_imports(package)
+    return {n for n in own_imports if not any((n + ".").startswith(f"{a}.") for a in allowed)}
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -77,7 +77,7 @@ def test_package_imports_only_packages_before_it(package):
     paths = list((ROOT / package).rglob("*.py"))
     assert paths
     for path in paths:
-        forbidden = forbidden_imports(path, package)
+        forbidden = find_forbidden_imports(path, package)
         assert not forbidden, f"{path.relative_to(ROOT)} imports {forbidden}"
 
 
@@ -86,7 +86,7 @@ def test_library_has_no_other_package():
     assert folders == set(LIBRARY)
 
 
-def test_no_package_holds_most_of_the_library():
+def test_library_package_share_is_bounded():
     lines = {
         name: sum(len(p.read_text().splitlines()) for p in (ROOT / "hm_reco" / name).glob("*.py"))
         for name in LIBRARY
@@ -102,10 +102,10 @@ def test_stage_exports_few_cells(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_opens_with_title_purpose_and_export_and_leads_on(path):
+def test_notebook_has_title_purpose_export_and_next_step(path):
     cells = nbformat.read(path, as_version=4).cells
     assert cells[0].source.startswith("# ") and "\n> " in cells[0].source
-    exported = path.parent.name not in READ_ONLY
+    exported = path.parent.name not in NOT_EXPORTED
     assert cells[1].source.startswith("#| default_exp ") == exported
     text = path.read_text()
     assert str(ROOT) not in text and "/tmp/" not in text
@@ -115,7 +115,7 @@ def test_a_notebook_opens_with_title_purpose_and_export_and_leads_on(path):
 
 
 @pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
-def test_a_stage_has_one_parameters_cell_with_help_and_a_manifest(path):
+def test_stage_has_one_parameters_cell_with_help_and_manifest(path):
     from runner.parameters import read_parameters
 
     parameters = read_parameters(path)
@@ -128,7 +128,7 @@ def test_a_stage_has_one_parameters_cell_with_help_and_a_manifest(path):
     assert any(c.source.startswith(("## Run", "## Report")) for c in cells)
 
 
-def exported_functions() -> list[tuple[str, ast.FunctionDef]]:
+def list_library_functions() -> list[tuple[str, ast.FunctionDef]]:
     return [
         (f"{path.stem}.{node.name}", node)
         for path in (ROOT / "hm_reco").rglob("*.py")
@@ -137,8 +137,8 @@ def exported_functions() -> list[tuple[str, ast.FunctionDef]]:
     ]
 
 
-def test_public_functions_say_what_they_do_and_stay_short():
-    for name, node in exported_functions():
+def test_functions_are_short_and_public_ones_documented():
+    for name, node in list_library_functions():
         lines = (node.end_lineno or 0) - node.lineno
         assert lines <= 45, f"{name}: {lines} lines"
         public = not node.name.startswith("_") and node.col_offset == 0
@@ -146,10 +146,14 @@ def test_public_functions_say_what_they_do_and_stay_short():
         assert not public or node.returns is not None, f"{name} has no return type"
 
 
-def test_links_of_the_guides_lead_somewhere():
+def test_guide_links_resolve():
     guides = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
     links = [
-        (page, to) for page in guides for to in re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+        (page, target)
+        for page in guides
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text())
     ]
     assert len(links) > 20
-    assert not [(page.name, to) for page, to in links if not (page.parent / to).exists()]
+    assert not [
+        (page.name, target) for page, target in links if not (page.parent / target).exists()
+    ]

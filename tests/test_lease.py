@@ -1,4 +1,4 @@
-"""Leases on S3: taken, renewed, taken over from the dead, and lost."""
+"""Leases on S3: acquired, renewed, acquired after expiry, and lost."""
 
 import json
 import os
@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-import hm_reco.lake.lease as module
+import hm_reco.lake.lease as lease_module
 from hm_reco.lake.lease import LEASE_FOLDER, LeaseError, S3Lease, hold_leases
 from hm_reco.lake.storage import open_lake, write_file
-from tests.conftest import until
+from tests.conftest import wait_until
 
 
 @pytest.fixture
@@ -18,8 +18,8 @@ def lake(s3, request):
     return open_lake(f"{s3}/{request.node.name}")
 
 
-def test_one_holds_it_and_the_other_waits(lake):
-    said: list[str] = []
+def test_lease_held_makes_next_holder_wait(lake):
+    events: list[str] = []
     with hold_leases(lake, ["training", "eda"]):
         with (
             pytest.raises(
@@ -28,48 +28,51 @@ def test_one_holds_it_and_the_other_waits(lake):
             hold_leases(lake, ["eda"], timeout_seconds=0),
         ):
             pass
-        later = threading.Thread(target=lambda: _hold(lake, said))
-        later.start()
-        until(lambda: bool(said))
+        waiter = threading.Thread(target=lambda: hold_lease(lake, events))
+        waiter.start()
+        wait_until(lambda: bool(events))
         time.sleep(0.5)
-        assert said == ["told"]
-    later.join(timeout=60)
-    assert said == ["told", "held"]
+        assert events == ["waiting"]
+    waiter.join(timeout=60)
+    assert events == ["waiting", "held"]
     assert not list(lake.path(LEASE_FOLDER).glob("*.json"))
 
 
-def _hold(lake, said):
-    with hold_leases(lake, ["training"], notify=lambda _: said.append("told")):
-        said.append("held")
+def hold_lease(lake, events):
+    with hold_leases(lake, ["training"], notify=lambda _: events.append("waiting")):
+        events.append("held")
 
 
-def test_of_many_who_try_at_once_one_gets_it(lake):
-    tries = [S3Lease(lake, "training", lambda: None) for _ in range(8)]
-    got: list[bool] = []
-    threads = [threading.Thread(target=lambda t=t: got.append(t.acquire())) for t in tries]
+def test_lease_concurrent_attempts_acquire_once(lake):
+    contenders = [S3Lease(lake, "training", lambda: None) for _ in range(8)]
+    acquired: list[bool] = []
+    threads = [
+        threading.Thread(target=lambda contender=contender: acquired.append(contender.acquire()))
+        for contender in contenders
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(got) == [False] * 7 + [True]
-    for lease in tries:
+    assert sorted(acquired) == [False] * 7 + [True]
+    for lease in contenders:
         lease.release()
 
 
 @pytest.mark.parametrize("host", ["another-machine", os.uname().nodename])
-def test_what_nobody_renews_is_taken_over(lake, host, monkeypatch):
-    dead = {"host": host, "process": 2**22 + 1, "owner_id": "x", "renewal": "y"}
-    write_file(lake.path(LEASE_FOLDER, "training.json"), json.dumps(dead))
-    monkeypatch.setattr(module, "STALE_SECONDS", 2.0)
-    start = time.monotonic()
+def test_lease_expired_is_acquired_by_next(lake, host, monkeypatch):
+    stale_claim = {"host": host, "process": 2**22 + 1, "owner_id": "x", "renewal": "y"}
+    write_file(lake.path(LEASE_FOLDER, "training.json"), json.dumps(stale_claim))
+    monkeypatch.setattr(lease_module, "STALE_SECONDS", 2.0)
+    started = time.monotonic()
     with hold_leases(lake, ["training"], timeout_seconds=20, notify=lambda _: None):
-        waited = time.monotonic() - start
+        waited = time.monotonic() - started
     assert waited < 1 if host == os.uname().nodename else 2 < waited < 10
 
 
-def test_who_renews_keeps_it_and_who_lost_it_is_told(lake, monkeypatch):
-    monkeypatch.setattr(module, "RENEW_SECONDS", 0.2)
-    monkeypatch.setattr(module, "STALE_SECONDS", 2.0)
+def test_lease_renewed_is_kept_and_loss_is_notified(lake, monkeypatch):
+    monkeypatch.setattr(lease_module, "RENEW_SECONDS", 0.2)
+    monkeypatch.setattr(lease_module, "STALE_SECONDS", 2.0)
     lost = threading.Event()
     lease = S3Lease(lake, "training", lost.set)
     assert lease.acquire()
@@ -81,7 +84,7 @@ def test_who_renews_keeps_it_and_who_lost_it_is_told(lake, monkeypatch):
     assert not lost.is_set()
     write_file(
         lake.path(LEASE_FOLDER, "training.json"),
-        json.dumps({"host": "other", "owner_id": "theirs"}),
+        json.dumps({"host": "other", "owner_id": "other-owner"}),
     )
     assert lost.wait(10)
     lease.release()

@@ -7,8 +7,8 @@ import pytest
 from hm_reco.ranking.metrics import average_precision, bootstrap, recall
 
 
-def ap_by_loop(actual: set[int], predicted: list[int], k: int) -> float:
-    """AP@k as the competition's page writes it, by a plain loop."""
+def compute_ap_in_loop(actual: set[int], predicted: list[int], k: int) -> float:
+    """AP@k as the competition defines it, in a loop."""
     hits, total = 0, 0.0
     for position, article in enumerate(predicted[:k], start=1):
         if article in actual:
@@ -17,22 +17,24 @@ def ap_by_loop(actual: set[int], predicted: list[int], k: int) -> float:
     return total / min(len(actual), k)
 
 
-def frames(actual: dict[int, list[int]], predicted: dict[int, list[int]]):
-    shown = [(c, a, i + 1) for c, articles in predicted.items() for i, a in enumerate(articles)]
-    sold = [(c, a) for c, articles in actual.items() for a in articles]
+def build_frames(actual: dict[int, list[int]], predicted: dict[int, list[int]]):
+    recommended = [
+        (c, a, i + 1) for c, articles in predicted.items() for i, a in enumerate(articles)
+    ]
+    purchased = [(c, a) for c, articles in actual.items() for a in articles]
     return (
-        pl.DataFrame(shown, schema=["customer", "article", "rank"], orient="row"),
-        pl.DataFrame(sold, schema=["customer", "article"], orient="row"),
+        pl.DataFrame(recommended, schema=["customer", "article", "rank"], orient="row"),
+        pl.DataFrame(purchased, schema=["customer", "article"], orient="row"),
     )
 
 
 @pytest.mark.parametrize("k", [1, 3, 12, 20])
-def test_average_precision_agrees_with_a_plain_loop(k):
+def test_average_precision_equals_loop(k):
     rng = np.random.default_rng(k)
     actual = {c: rng.integers(0, 60, rng.integers(1, 30)).tolist() for c in range(200)}
     predicted = {c: rng.permutation(60)[: rng.integers(1, 25)].tolist() for c in range(0, 200, 2)}
-    result = average_precision(*frames(actual, predicted), k)
-    expected = {c: ap_by_loop(set(actual[c]), predicted.get(c, []), k) for c in actual}
+    result = average_precision(*build_frames(actual, predicted), k)
+    expected = {c: compute_ap_in_loop(set(actual[c]), predicted.get(c, []), k) for c in actual}
     assert result["customer"].to_list() == sorted(actual)
     assert np.allclose(result["ap"], [expected[c] for c in sorted(actual)])
 
@@ -44,22 +46,22 @@ def test_average_precision_agrees_with_a_plain_loop(k):
         ([1], [2, 1], 1 / 2),
         ([1, 2], [2, 3, 1], (1 / 1 + 2 / 3) / 2),
         ([1, 1, 1], [1], 1.0),  # three units of one article are one article
-        (list(range(30)), list(range(12)), 1.0),  # no list of 12 can do better
+        (list(range(30)), list(range(12)), 1.0),  # the maximum for a list of 12
         ([9], [1, 2, 3], 0.0),
     ],
 )
-def test_average_precision_by_hand(actual, predicted, expected):
-    result = average_precision(*frames({7: actual}, {7: predicted}))
+def test_average_precision_example(actual, predicted, expected):
+    result = average_precision(*build_frames({7: actual}, {7: predicted}))
     assert result["ap"].item() == pytest.approx(expected)
 
 
 def test_recall_counts_pairs_once():
-    shown, sold = frames({1: [1, 1, 2], 2: [3]}, {1: [1, 5], 2: [4, 3]})
-    assert recall(shown, sold, 2) == pytest.approx(2 / 3)
-    assert recall(shown, sold, 1) == pytest.approx(1 / 3)
+    recommended, purchased = build_frames({1: [1, 1, 2], 2: [3]}, {1: [1, 5], 2: [4, 3]})
+    assert recall(recommended, purchased, 2) == pytest.approx(2 / 3)
+    assert recall(recommended, purchased, 1) == pytest.approx(1 / 3)
 
 
-def test_bootstrap_interval_has_the_width_of_the_standard_error():
+def test_bootstrap_interval_width_matches_standard_error():
     values = np.random.default_rng(0).normal(0.02, 0.1, 4_000)
     interval = bootstrap(np.arange(4_000), values)
     error = values.std() / np.sqrt(values.size)
@@ -67,9 +69,9 @@ def test_bootstrap_interval_has_the_width_of_the_standard_error():
     assert interval.low < interval.mean < interval.high
 
 
-def test_bootstrap_draws_customers_not_weeks():
-    """Ten equal weeks of a customer say no more than one of them."""
+def test_bootstrap_samples_customers_not_weeks():
+    """Ten equal weeks of a customer add no information to one week."""
     values = np.random.default_rng(1).normal(size=300)
-    once = bootstrap(np.arange(300), values)
-    ten = bootstrap(np.repeat(np.arange(300), 10), np.repeat(values, 10))
-    assert ten.high - ten.low == pytest.approx(once.high - once.low, rel=0.15)
+    single = bootstrap(np.arange(300), values)
+    repeated = bootstrap(np.repeat(np.arange(300), 10), np.repeat(values, 10))
+    assert repeated.high - repeated.low == pytest.approx(single.high - single.low, rel=0.15)

@@ -1,4 +1,4 @@
-"""Models that must not serve do not, and what the reports say is counted right."""
+"""Models without improvement do not serve; registration and reports are correct."""
 
 from dataclasses import replace
 from datetime import date, timedelta
@@ -35,28 +35,30 @@ BASELINE = "own history, half-life 28 days"
 
 
 @pytest.fixture(scope="module")
-def shop():
+def history():
     return generate_history(600)
 
 
 @pytest.fixture(scope="module")
-def week(shop) -> FeatureMatrix:
-    return build_training_matrix(build_week(shop, shop.day - timedelta(days=28), days=28))
+def week(history) -> FeatureMatrix:
+    return build_training_matrix(build_week(history, history.day - timedelta(days=28), days=28))
 
 
-def test_a_ranker_that_does_not_win_is_kept_but_the_baseline_serves():
+def test_ranker_without_improvement_stays_candidate():
     lake = demo_lake("processing", 300)
     history = load_history(lake)
     plan = BacktestPlan(history.day, evaluation_weeks=1, training_weeks=12)
     result = evaluate(history, plan, RankerSettings(rounds=3))
-    verdict = replace(
+    comparison = replace(
         compare_with_baselines(result.scores),
         lead=Interval(0.001, -0.001, 0.003),
         baseline=BASELINE,
     )
-    origin = Provenance("r1", {})
-    told = register_bundles(lake, build_bundles(result, verdict, origin), result.scores, origin)
-    assert get_champion(lake) == "r1-baseline" and "champion" in told
+    provenance = Provenance("r1", {})
+    message = register_bundles(
+        lake, build_bundles(result, comparison, provenance), result.scores, provenance
+    )
+    assert get_champion(lake) == "r1-baseline" and "champion" in message
     assert get_model_states(read_models(lake)) == {
         "r1-ranker": "candidate",
         "r1-baseline": "champion",
@@ -65,19 +67,19 @@ def test_a_ranker_that_does_not_win_is_kept_but_the_baseline_serves():
 
     with TestClient(create_app(lake)) as client:
         assert client.get("/healthz").json()["method"] == BASELINE
-        answer = client.post("/predict", json={"customer_ids": ["x"]}).json()
-    assert answer["model_version"] == "r1-baseline"
-    assert {a["source"] for a in answer["recommendations"][0]["articles"]} == {"popular"}
+        response = client.post("/predict", json={"customer_ids": ["x"]}).json()
+    assert response["model_version"] == "r1-baseline"
+    assert {a["source"] for a in response["recommendations"][0]["articles"]} == {"popular"}
 
 
-def test_a_training_run_publishes_and_reports(lake: Lake):
+def test_training_registers_model_and_builds_report(lake: Lake):
     history = generate_history(1_500)
     plan = BacktestPlan(history.day, evaluation_weeks=1, training_weeks=5)
     settings, tables = RankerSettings(rounds=40), {"processed/x": 1}
-    trial = train_and_register(
+    unregistered = train_and_register(
         lake, history, plan, settings, Provenance("r0", tables), register=False
     )
-    assert load_bundle(lake, trial.bundles[-1].version).tables == tables
+    assert load_bundle(lake, unregistered.bundles[-1].version).tables == tables
     with pytest.raises(NoModelError):
         get_champion(lake)
     trained = train_and_register(lake, history, plan, settings, Provenance("r1", tables))
@@ -91,7 +93,7 @@ def test_a_training_run_publishes_and_reports(lake: Lake):
     assert report.tables == tables and metrics["promotion"] in " ".join(report.sections[0].findings)
 
 
-def test_a_bundle_that_was_not_completely_written_is_refused(lake: Lake, week):
+def test_incomplete_bundle_is_rejected(lake: Lake, week):
     bundle = Bundle(
         "v1", RANKER, date(2020, 9, 23), train([week], RankerSettings(rounds=2)), {}, {}
     )
@@ -107,46 +109,48 @@ def test_a_bundle_that_was_not_completely_written_is_refused(lake: Lake, week):
     assert lake.path("artifacts", "models", "v1", MANIFEST).is_file()
 
 
-def test_a_model_of_other_features_is_refused(week):
+def test_model_of_other_features_is_rejected(week):
     booster = train([week], RankerSettings(rounds=2))
-    fewer = replace(week, values=week.values[:, 1:], names=week.names[1:])
+    fewer_features = replace(week, values=week.values[:, 1:], names=week.names[1:])
     with pytest.raises(ValueError, match="trained on other features"):
-        rank_with_booster(booster, fewer)
+        rank_with_booster(booster, fewer_features)
 
 
-def test_weeks_without_a_hit_teach_nothing(week):
+def test_training_without_positives_raises(week):
     with pytest.raises(ValueError, match="nothing to learn"):
         train([replace(week, label=week.label * 0)])
 
 
-def test_a_plan_longer_than_the_history_is_refused(shop):
+def test_backtest_plan_longer_than_history_is_rejected(history):
     with pytest.raises(ValueError, match=r"100 \+ 0 \+ 30 weeks are asked for"):
-        evaluate(shop, BacktestPlan(shop.day, evaluation_weeks=100, training_weeks=30))
+        evaluate(history, BacktestPlan(history.day, evaluation_weeks=100, training_weeks=30))
 
 
-def test_customers_per_week_bounds_a_week_by_lot(shop):
-    day = shop.day - timedelta(days=28)
-    whole, part = (build_week(shop, day, 28, customers) for customers in (0, 20))
-    assert part.buyers.height == 20 < whole.buyers.height
-    assert part.ground_truth.join(part.buyers, on="customer", how="anti").is_empty()
-    assert build_week(shop, day, 28, 20, seed=1).buyers.equals(part.buyers) is False
+def test_customers_per_week_samples_buyers(history):
+    day = history.day - timedelta(days=28)
+    all_buyers, sampled_buyers = (build_week(history, day, 28, customers) for customers in (0, 20))
+    assert sampled_buyers.buyers.height == 20 < all_buyers.buyers.height
+    assert sampled_buyers.ground_truth.join(
+        sampled_buyers.buyers, on="customer", how="anti"
+    ).is_empty()
+    assert build_week(history, day, 28, 20, seed=1).buyers.equals(sampled_buyers.buyers) is False
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [("16.9.2020", "expected a day like"), ("2031-01-01", "run from"), ("2018-09-20", "run from")],
 )
-def test_a_day_outside_of_the_purchases_is_refused(shop, text, message):
+def test_day_outside_of_purchases_is_rejected(history, text, message):
     with pytest.raises(ValueError, match=message):
-        parse_day(text, shop)
+        parse_day(text, history)
 
 
-def test_no_purchases_no_history(shop):
+def test_history_without_purchases_raises(history):
     with pytest.raises(ValueError, match="nothing to learn from"):
-        build_history(shop.articles, shop.customers, shop.purchases.clear())
+        build_history(history.articles, history.customers, history.purchases.clear())
 
 
-def test_numbers_stay_when_customers_come():
+def test_customer_ids_are_stable_when_customers_are_added():
     raw = pl.DataFrame(
         {
             "customer_id": ["m", "a"],
@@ -156,18 +160,22 @@ def test_numbers_stay_when_customers_come():
             "club_member_status": ["ACTIVE", "something new"],
         }
     )
-    first = map_customers(raw)
-    more = map_customers(pl.concat([raw, raw.head(1).with_columns(customer_id=pl.lit("b"))]), first)
-    assert dict(more.select("customer_id", "customer").rows()) == {"a": 0, "m": 1, "b": 2}
-    assert more.sort("customer")["club"].to_list() == [-1, 0, 0]
+    initial = map_customers(raw)
+    extended = map_customers(
+        pl.concat([raw, raw.head(1).with_columns(customer_id=pl.lit("b"))]), initial
+    )
+    assert dict(extended.select("customer_id", "customer").rows()) == {"a": 0, "m": 1, "b": 2}
+    assert extended.sort("customer")["club"].to_list() == [-1, 0, 0]
 
 
-def test_predictions_do_not_depend_on_the_number_of_shards(trained_lake):
+def test_predictions_are_independent_of_shards(trained_lake):
     recommender = load_model(trained_lake, find_target(trained_lake)).recommender
-    one, five = (predict_all(recommender, shards).sort("customer", "rank") for shards in (1, 5))
-    assert one.equals(five)
+    single_shard, five_shards = (
+        predict_all(recommender, shards).sort("customer", "rank") for shards in (1, 5)
+    )
+    assert single_shard.equals(five_shards)
 
 
-def test_history_as_of_is_a_part_of_itself(shop):
-    day = shop.day - timedelta(days=100)
-    assert as_of(as_of(shop, shop.day), day).purchases.equals(as_of(shop, day).purchases)
+def test_as_of_composes(history):
+    day = history.day - timedelta(days=100)
+    assert as_of(as_of(history, history.day), day).purchases.equals(as_of(history, day).purchases)

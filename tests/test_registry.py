@@ -1,4 +1,4 @@
-"""Who may become champion, who decides, and how it is taken back."""
+"""Promotion: conditions, commands, records, rollback."""
 
 import json
 from datetime import date
@@ -30,12 +30,17 @@ from runner.cli import app
 CUSTOMERS = 400
 
 
-def enter(lake: Lake, version: str, lead: float, as_of: str = "2020-09-23", week: int = 16) -> None:
-    """A ranker that is `lead` better than the baseline, for each customer with some noise."""
+def register_candidate(
+    lake: Lake, version: str, improvement: float, as_of: str = "2020-09-23", first_day: int = 16
+) -> None:
+    """Register a ranker that beats the baseline by `improvement`, with noise per customer."""
     rng = np.random.default_rng(len(version) + ord(version[0]))
-    simple = np.random.default_rng(0).exponential(0.02, CUSTOMERS)
-    ap = {RANKER: simple + lead + rng.normal(0, 0.005, CUSTOMERS), "own history": simple}
-    day = [date(2020, 9, week)] * CUSTOMERS
+    baseline_ap = np.random.default_rng(0).exponential(0.02, CUSTOMERS)
+    ap = {
+        RANKER: baseline_ap + improvement + rng.normal(0, 0.005, CUSTOMERS),
+        "own history": baseline_ap,
+    }
+    day = [date(2020, 9, first_day)] * CUSTOMERS
     frames = [
         pl.DataFrame({"day": day, "customer": range(CUSTOMERS), "method": method, "ap": values})
         for method, values in ap.items()
@@ -47,64 +52,64 @@ def enter(lake: Lake, version: str, lead: float, as_of: str = "2020-09-23", week
     )
 
 
-def hm(*words: str):
-    return CliRunner().invoke(app, list(words))
+def run_hm(*args: str):
+    return CliRunner().invoke(app, list(args))
 
 
-def test_promotion_asks_for_more_than_chance(lake: Lake):
-    enter(lake, "weak", 0.0)
+def test_promotion_requires_significant_improvement(lake: Lake):
+    register_candidate(lake, "weak", 0.0)
     with pytest.raises(PromotionError, match="does not beat 'own history'"):
         promote(lake, "weak")
     with pytest.raises(NoModelError):
         get_champion(lake)
-    enter(lake, "good", 0.004)
+    register_candidate(lake, "good", 0.004)
     promote(lake, "good")
-    enter(lake, "equal", 0.004)
+    register_candidate(lake, "equal", 0.004)
     with pytest.raises(PromotionError, match="does not beat the champion good"):
         promote(lake, "equal")
-    enter(lake, "better", 0.008)
+    register_candidate(lake, "better", 0.008)
     promote(lake, "better")
     assert get_champion(lake) == "better"
 
 
-def test_newer_days_need_only_hold_their_own(lake: Lake):
-    enter(lake, "old", 0.004)
+def test_promotion_of_newer_model_requires_no_loss(lake: Lake):
+    register_candidate(lake, "old", 0.004)
     promote(lake, "old")
-    enter(lake, "new", 0.004, as_of="2020-09-30")
+    register_candidate(lake, "new", 0.004, as_of="2020-09-30")
     assert "is not worse than the champion old" in str(promote(lake, "new"))
-    enter(lake, "late", 0.001, as_of="2020-10-07")
+    register_candidate(lake, "late", 0.001, as_of="2020-10-07")
     with pytest.raises(PromotionError, match="is worse than the champion new"):
         promote(lake, "late")
-    enter(lake, "apart", 0.004, as_of="2020-10-07", week=23)
+    register_candidate(lake, "apart", 0.004, as_of="2020-10-07", first_day=23)
     with pytest.raises(PromotionError, match="shares no judged customer-week"):
         promote(lake, "apart")
 
 
-def test_the_commands_promote_force_and_roll_back(lake: Lake):
-    place = ["--lake", lake.root]
-    enter(lake, "first", 0.004)
-    enter(lake, "second", 0.0)
-    assert hm("promote", "first", *place).exit_code == 0
-    refused = hm("promote", "second", *place)
-    assert refused.exit_code == 1 and "--force" in refused.stderr
-    assert "by force" in hm("promote", "second", "--force", *place).output
-    rows = json.loads(hm("models", "--json", *place).output)
+def test_promote_and_rollback_commands(lake: Lake):
+    lake_option = ["--lake", lake.root]
+    register_candidate(lake, "first", 0.004)
+    register_candidate(lake, "second", 0.0)
+    assert run_hm("promote", "first", *lake_option).exit_code == 0
+    rejected = run_hm("promote", "second", *lake_option)
+    assert rejected.exit_code == 1 and "--force" in rejected.stderr
+    assert "by force" in run_hm("promote", "second", "--force", *lake_option).output
+    rows = json.loads(run_hm("models", "--json", *lake_option).output)
     assert [(row["version"], row["state"]) for row in rows] == [
         ("second", "champion (forced)"),
         ("first", "retired"),
     ]
-    assert "first serves again" in hm("rollback", *place).output
+    assert "first serves again" in run_hm("rollback", *lake_option).output
     assert get_champion(lake) == "first"
-    nothing = hm("rollback", *place)
-    assert nothing.exit_code == 1 and "no champion before 'first'" in nothing.stderr
-    unknown = hm("promote", "third", *place)
-    assert unknown.exit_code == 1 and "no model 'third'" in unknown.stderr
+    no_rollback = run_hm("rollback", *lake_option)
+    assert no_rollback.exit_code == 1 and "no champion before 'first'" in no_rollback.stderr
+    unknown_model = run_hm("promote", "third", *lake_option)
+    assert unknown_model.exit_code == 1 and "no model 'third'" in unknown_model.stderr
 
 
-def test_every_decision_stays_on_record(lake: Lake):
-    enter(lake, "a", 0.004)
+def test_registry_records_every_decision(lake: Lake):
+    register_candidate(lake, "a", 0.004)
     promote(lake, "a")
-    enter(lake, "b", 0.008)
+    register_candidate(lake, "b", 0.008)
     promote(lake, "b")
     rollback(lake)
     events = read_models(lake)
@@ -118,22 +123,22 @@ def test_every_decision_stays_on_record(lake: Lake):
     assert list_champions(events) == ["a"] and "beats 'own history'" in events[1].reason
 
 
-def test_a_promotion_is_seen_at_once_and_stays(lake: Lake):
-    """On a lake whose tables are seen as the stages' manifests vouch for them."""
-    place = ["--lake", lake.root]
-    enter(lake, "first", 0.004)
+def test_promotion_is_published_immediately_and_kept(lake: Lake):
+    """On a lake whose manifests publish table versions."""
+    lake_option = ["--lake", lake.root]
+    register_candidate(lake, "first", 0.004)
     promote(lake, "first")
-    enter(lake, "second", 0.0)
-    trained = get_latest_version(lake, REGISTRY)
-    write_manifest(lake, "r1", "training", {}, {REGISTRY: trained}, {})
-    append(lake, REGISTRY, scan(lake, REGISTRY).head(1).collect())  # of a training that was killed
-    assert hm("promote", "second", "--force", *place).exit_code == 0
+    register_candidate(lake, "second", 0.0)
+    training_version = get_latest_version(lake, REGISTRY)
+    write_manifest(lake, "r1", "training", {}, {REGISTRY: training_version}, {})
+    append(lake, REGISTRY, scan(lake, REGISTRY).head(1).collect())  # of a killed training
+    assert run_hm("promote", "second", "--force", *lake_option).exit_code == 0
     assert get_champion(open_lake(lake.root)) == "second"
-    assert len(read_models(open_lake(lake.root))) == 4, "what nobody vouched for came to light"
-    restore_published(open_lake(lake.root), "training")  # as the next training begins
+    assert len(read_models(open_lake(lake.root))) == 4, "an unpublished row is visible"
+    restore_published(open_lake(lake.root), "training")  # as the next training does
     assert get_champion(open_lake(lake.root)) == "second"
-    write_manifest(open_lake(lake.root), "r2", "training", {}, {REGISTRY: trained}, {})
-    assert get_champion(open_lake(lake.root)) == "second", "a training that began before hid it"
-    with hold_leases(lake, ["training"]):  # one that runs does not hold a rollback up
-        assert hm("rollback", *place).exit_code == 0
+    write_manifest(open_lake(lake.root), "r2", "training", {}, {REGISTRY: training_version}, {})
+    assert get_champion(open_lake(lake.root)) == "second", "an earlier training overwrote it"
+    with hold_leases(lake, ["training"]):  # a running training does not block a rollback
+        assert run_hm("rollback", *lake_option).exit_code == 0
     assert get_champion(open_lake(lake.root)) == "first"

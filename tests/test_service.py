@@ -48,7 +48,14 @@ from hm_reco.serving.recommend import predict_all, to_external_ids, with_precomp
 from hm_reco.stages.demo import demo_lake
 from hm_reco.stages.inference import select_example_customers
 from hm_reco.stages.ingestion import ingest
-from tests.conftest import BUCKET, free_port, moto_server, s3_settings, until, wait_for
+from tests.conftest import (
+    BUCKET,
+    build_s3_environment,
+    find_free_port,
+    run_moto_server,
+    wait_for_url,
+    wait_until,
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,41 +69,47 @@ def loyal(trained_lake: Lake) -> str:
     return select_example_customers(load_history(trained_lake))["loyal"]
 
 
-def test_health_tells_the_model(client, trained_lake):
+def test_health_reports_model_version(client, trained_lake):
     health = client.get("/healthz").json()
     assert health["status"] == "ok" and health["model_version"] == get_champion(trained_lake)
     assert health["as_of"] == "2020-09-23" and health["loaded_at"]
 
 
-def test_known_and_unknown_customers_are_answered(client, loyal):
-    answer = client.post("/predict", json={"customer_ids": [loyal, "a-stranger"], "k": 5}).json()
-    known, stranger = answer["recommendations"]
-    assert (known["customer_id"], known["cold"]) == (loyal, False)
-    assert (stranger["customer_id"], stranger["cold"]) == ("a-stranger", True)
-    for part in (known, stranger):
-        scores = [article["score"] for article in part["articles"]]
+def test_predict_for_known_and_unknown_customers(client, loyal):
+    response = client.post(
+        "/predict", json={"customer_ids": [loyal, "unknown-customer"], "k": 5}
+    ).json()
+    known_result, unknown_result = response["recommendations"]
+    assert (known_result["customer_id"], known_result["cold"]) == (loyal, False)
+    assert (unknown_result["customer_id"], unknown_result["cold"]) == ("unknown-customer", True)
+    for recommendation in (known_result, unknown_result):
+        scores = [article["score"] for article in recommendation["articles"]]
         assert len(scores) == 5 and scores == sorted(scores, reverse=True)
-        assert len({article["article_id"] for article in part["articles"]}) == 5
-        assert all(article["source"] for article in part["articles"])
-    assert answer["model_version"]
+        assert len({article["article_id"] for article in recommendation["articles"]}) == 5
+        assert all(article["source"] for article in recommendation["articles"])
+    assert response["model_version"]
 
 
-def test_twelve_is_the_default_and_a_hundred_the_most(client):
+def test_predict_default_and_max_k(client):
     for body, count in (({}, 12), ({"k": 100}, 100)):
-        answer = client.post("/predict", json={"customer_ids": ["x"]} | body).json()
-        assert len(answer["recommendations"][0]["articles"]) == count
+        response = client.post("/predict", json={"customer_ids": ["x"]} | body).json()
+        assert len(response["recommendations"][0]["articles"]) == count
 
 
-def test_recent_articles_warm_a_stranger(client, trained_lake):
+def test_predict_with_recent_articles_is_not_cold(client, trained_lake):
     ids = scan(trained_lake, "raw/articles").head(3).collect()["article_id"].to_list()
     body = {"customer_ids": ["x"], "recent_articles": [*ids, "0000000000"]}
-    warm = client.post("/predict", json=body).json()["recommendations"][0]
-    cold = client.post("/predict", json={"customer_ids": ["x"]}).json()["recommendations"][0]
-    assert not warm["cold"] and cold["cold"] and warm["articles"] != cold["articles"]
+    session_result = client.post("/predict", json=body).json()["recommendations"][0]
+    cold_result = client.post("/predict", json={"customer_ids": ["x"]}).json()["recommendations"][0]
+    assert (
+        not session_result["cold"]
+        and cold_result["cold"]
+        and session_result["articles"] != cold_result["articles"]
+    )
 
 
 @pytest.mark.parametrize(
-    ("body", "where"),
+    ("body", "field"),
     [
         ({"customer_ids": 7}, "customer_ids"),
         ({"customer_ids": []}, "customer_ids"),
@@ -110,43 +123,45 @@ def test_recent_articles_warm_a_stranger(client, trained_lake):
         ({}, "customer_ids"),
     ],
 )
-def test_a_malformed_request_is_told_what_is_wrong(client, body, where):
-    answer = client.post("/predict", json=body)
-    assert answer.status_code == 422
-    problem = answer.json()
-    assert answer.headers["content-type"] == "application/problem+json"
-    assert problem["status"] == 422 and problem["request_id"] == answer.headers["x-request-id"]
-    assert any(error["field"].split(".")[0] == where for error in problem["errors"])
+def test_predict_malformed_request_returns_problem(client, body, field):
+    response = client.post("/predict", json=body)
+    assert response.status_code == 422
+    problem = response.json()
+    assert response.headers["content-type"] == "application/problem+json"
+    assert problem["status"] == 422 and problem["request_id"] == response.headers["x-request-id"]
+    assert any(error["field"].split(".")[0] == field for error in problem["errors"])
 
 
-def test_no_json_and_too_much_of_it(client):
+def test_predict_invalid_or_oversized_body_is_rejected(client):
     assert client.post("/predict", content=b"{not json").status_code == 422
     assert client.post("/predict", content=b"[" * (MAX_BODY_BYTES + 1)).status_code == 413
 
 
-def test_without_a_model_the_service_says_so(lake):
+def test_predict_without_model_returns_503(lake):
     with TestClient(create_app(lake)) as client:
         assert client.get("/healthz").json()["status"] == "no model"
-        answer = client.post("/predict", json=EXAMPLE)
-    assert answer.status_code == 503 and "hm run" in answer.json()["detail"]
+        response = client.post("/predict", json=EXAMPLE)
+    assert response.status_code == 503 and "hm run" in response.json()["detail"]
 
 
-def test_the_openapi_example_runs(client):
+def test_openapi_example_is_valid(client):
     schema = client.get("/openapi.json").json()["components"]["schemas"]["PredictRequest"]
-    answer = client.post("/predict", json=schema["examples"][0])
-    assert answer.status_code == 200 and len(answer.json()["recommendations"][0]["articles"]) == 3
+    response = client.post("/predict", json=schema["examples"][0])
+    assert (
+        response.status_code == 200 and len(response.json()["recommendations"][0]["articles"]) == 3
+    )
 
 
-def test_a_real_process_serves(trained_lake, loyal):
+def test_serve_process_answers_and_shuts_down(trained_lake, loyal):
     command = [str(Path(sys.executable).with_name("hm")), "serve", "--lake", trained_lake.root]
-    environment = os.environ | {"HM_PORT": str(free_port())}
+    environment = os.environ | {"HM_PORT": str(find_free_port())}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         try:
             url = f"http://127.0.0.1:{environment['HM_PORT']}"
-            wait_for(f"{url}/healthz")
-            answer = httpx.post(f"{url}/predict", json={"customer_ids": [loyal]}, timeout=60)
-            assert answer.status_code == 200
-            assert len(answer.json()["recommendations"][0]["articles"]) == 12
+            wait_for_url(f"{url}/healthz")
+            response = httpx.post(f"{url}/predict", json={"customer_ids": [loyal]}, timeout=60)
+            assert response.status_code == 200
+            assert len(response.json()["recommendations"][0]["articles"]) == 12
             assert httpx.post(f"{url}/predict", json={"customer_ids": 7}).status_code == 422
         finally:
             process.terminate()
@@ -154,53 +169,53 @@ def test_a_real_process_serves(trained_lake, loyal):
     assert re.search(r"Application shutdown complete", log)
 
 
-def workers_of(process: psutil.Process) -> list[psutil.Process]:
-    """The processes that answer, below `hm serve --workers`."""
-    found = []
-    for one in process.children(recursive=True):
-        with suppress(psutil.Error):  # it has just ended
-            found += [one] * ("spawn_main" in " ".join(one.cmdline()))
-    return found
+def list_workers(process: psutil.Process) -> list[psutil.Process]:
+    """The worker processes of `hm serve --workers`."""
+    workers = []
+    for child in process.children(recursive=True):
+        with suppress(psutil.Error):  # the process has ended
+            workers += [child] * ("spawn_main" in " ".join(child.cmdline()))
+    return workers
 
 
-def ask_and_count(stop: threading.Event, url: str, counts: Counter[str]) -> None:
-    """Ask on a connection; one that breaks is opened anew."""
+def send_and_count(stop: threading.Event, url: str, counts: Counter[str]) -> None:
+    """Send requests on a connection until `stop`; reconnect when it breaks."""
     while not stop.is_set():
         try:
             with httpx.Client(timeout=60) as client:
                 while not stop.is_set():
-                    answer = client.post(f"{url}/predict", json=EXAMPLE)
-                    counts[str(answer.status_code)] += 1
+                    response = client.post(f"{url}/predict", json=EXAMPLE)
+                    counts[str(response.status_code)] += 1
         except httpx.TransportError:
             counts["lost"] += 1
 
 
-def test_a_killed_worker_loses_its_requests_in_flight_alone(trained_lake):
-    port, asking = free_port(), 6
+def test_killed_worker_loses_in_flight_requests_only(trained_lake):
+    port, n_clients = find_free_port(), 6
     command = [str(Path(sys.executable).with_name("hm")), "serve", "--lake", trained_lake.root]
     command += ["--port", str(port), "--workers", "2"]
     stop, counts = threading.Event(), Counter[str]()
     with (
         subprocess.Popen(command, stderr=subprocess.DEVNULL) as process,
-        ThreadPoolExecutor(asking) as pool,
+        ThreadPoolExecutor(n_clients) as pool,
     ):
         try:
             service, url = psutil.Process(process.pid), f"http://127.0.0.1:{port}"
-            wait_for(f"{url}/readyz")
-            for _ in range(asking):
-                pool.submit(ask_and_count, stop, url, counts)
-            until(lambda: counts["200"] > asking)
-            before = workers_of(service)
-            assert len(before) == 2
-            before[0].kill()
-            killed = counts["200"]
-            until(lambda: len({*workers_of(service)} - {before[0]}) == len(before))
-            until(lambda: counts["200"] > killed + asking)
+            wait_for_url(f"{url}/readyz")
+            for _ in range(n_clients):
+                pool.submit(send_and_count, stop, url, counts)
+            wait_until(lambda: counts["200"] > n_clients)
+            workers = list_workers(service)
+            assert len(workers) == 2
+            workers[0].kill()
+            n_before_kill = counts["200"]
+            wait_until(lambda: len({*list_workers(service)} - {workers[0]}) == len(workers))
+            wait_until(lambda: counts["200"] > n_before_kill + n_clients)
         finally:
             stop.set()
             process.terminate()
-    assert counts["200"] > killed > 0
-    assert 0 <= counts["lost"] <= asking and set(counts) <= {"200", "lost"}
+    assert counts["200"] > n_before_kill > 0
+    assert 0 <= counts["lost"] <= n_clients and set(counts) <= {"200", "lost"}
 
 
 READ_ONLY = """
@@ -209,27 +224,27 @@ exec chroot {root} env -i PATH=/usr/bin:/bin HM_LAKE={lake} {hm} serve --port {p
 """
 
 
-def test_a_read_only_root_and_some_room_for_temporary_files_are_enough(trained_lake, tmp_path):
-    may = ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)]
-    if not shutil.which("unshare") or subprocess.run(may, check=False).returncode:
+def test_serve_on_read_only_root(trained_lake, tmp_path):
+    mount_command = ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)]
+    if not shutil.which("unshare") or subprocess.run(mount_command, check=False).returncode:
         pytest.skip("needs the right to mount")
-    hm, port = Path(sys.executable).with_name("hm"), free_port()
+    hm, port = Path(sys.executable).with_name("hm"), find_free_port()
     script = READ_ONLY.format(root=tmp_path, lake=trained_lake.root, hm=hm, port=port)
     command = ["unshare", "--mount", "sh", "-c", script]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
-            wait_for(f"http://127.0.0.1:{port}/readyz", 300)
-            answer = httpx.post(f"http://127.0.0.1:{port}/predict", json=EXAMPLE, timeout=60)
-            assert answer.status_code == 200
+            wait_for_url(f"http://127.0.0.1:{port}/readyz", 300)
+            response = httpx.post(f"http://127.0.0.1:{port}/predict", json=EXAMPLE, timeout=60)
+            assert response.status_code == 200
         finally:
             process.terminate()
             _, log = process.communicate(timeout=60)
     assert "Application shutdown complete" in log
 
 
-def test_answers_go_on_while_s3_is_away(trained_lake, tmp_path):
-    with moto_server() as (url, server), pytest.MonkeyPatch.context() as patch:
-        for name, value in s3_settings(url).items():
+def test_predict_while_s3_is_unavailable(trained_lake, tmp_path):
+    with run_moto_server() as (url, server), pytest.MonkeyPatch.context() as patch:
+        for name, value in build_s3_environment(url).items():
             patch.setenv(name, value)
         boto3.client("s3").create_bucket(Bucket=BUCKET)
         lake = open_lake(f"s3://{BUCKET}/away")
@@ -237,22 +252,22 @@ def test_answers_go_on_while_s3_is_away(trained_lake, tmp_path):
         settings = ServiceSettings(registry_poll_seconds=0.1, feedback_flush_seconds=60)
         with TestClient(create_app(lake, settings)) as client:
             body = EXAMPLE | {"k": 30}
-            before = client.post("/predict", json=body).json()["recommendations"]
+            expected = client.post("/predict", json=body).json()["recommendations"]
             server.kill()
             server.wait()
-            time.sleep(0.5)  # some looks at the registry
+            time.sleep(0.5)  # several polls of the registry
             for path in ("/healthz", "/readyz", "/model", "/metrics", "/"):
                 assert client.get(path).status_code == 200, path
-            assert client.post("/predict", json=body).json()["recommendations"] == before
+            assert client.post("/predict", json=body).json()["recommendations"] == expected
 
 
-def test_scores_are_json_numbers(client):
+def test_predict_scores_are_json_floats(client):
     text = client.post("/predict", json={"customer_ids": ["x"], "k": 1}).text
     assert isinstance(json.loads(text)["recommendations"][0]["articles"][0]["score"], float)
 
 
-def test_reports_are_offered_and_nothing_else(tmp_path: Path):
-    lake = open_lake(tmp_path)  # one of its own: other tests look at the reports of theirs
+def test_report_routes_serve_reports_only(tmp_path: Path):
+    lake = open_lake(tmp_path)  # a lake of its own: other tests read the reports of the shared one
     write_file(lake.path("reports", "index.html"), "<p>all runs")
     write_file(lake.path("reports", "r1", "eda.html"), "<p>a report")
     write_file(lake.path("runs", "r1", "eda.ipynb"), "{}")
@@ -275,121 +290,131 @@ def test_reports_are_offered_and_nothing_else(tmp_path: Path):
             assert client.get(path).status_code == 404, path
 
 
-def test_a_thousand_customers_are_answered_as_in_the_batch(client, trained_lake):
+def test_predict_equals_batch_predictions(client, trained_lake):
     service = client.app.state.service
-    now, history = service.model_manager.current, load_history(trained_lake)
-    lists = predict_all(now.recommender)
-    batch = to_external_ids(history, lists).collect()
+    current, history = service.model_manager.current, load_history(trained_lake)
+    predictions = predict_all(current.recommender)
+    batch = to_external_ids(history, predictions).collect()
     ids = history.customers["customer_id"].sort().to_list()[:1_000]
-    ready = replace(now, recommender=with_precomputed(now.recommender, lists))
-    wanted = batch.filter(pl.col("customer_id").is_in(ids)).sort("customer_id", "rank")
+    precomputed = replace(current, recommender=with_precomputed(current.recommender, predictions))
+    expected = batch.filter(pl.col("customer_id").is_in(ids)).sort("customer_id", "rank")
     try:
-        for service.model_manager.current in (now, ready):
+        for service.model_manager.current in (current, precomputed):
             rows = []
-            for first in range(0, len(ids), 100):
-                body = {"customer_ids": ids[first : first + 100]}
-                for part in client.post("/predict", json=body).json()["recommendations"]:
+            for offset in range(0, len(ids), 100):
+                body = {"customer_ids": ids[offset : offset + 100]}
+                for recommendation in client.post("/predict", json=body).json()["recommendations"]:
                     rows += [
-                        (part["customer_id"], rank, *list(article.values())[:3])
-                        for rank, article in enumerate(part["articles"], 1)
+                        (recommendation["customer_id"], rank, *list(article.values())[:3])
+                        for rank, article in enumerate(recommendation["articles"], 1)
                     ]
             online = pl.DataFrame(rows, batch.schema, orient="row").sort("customer_id", "rank")
-            assert online.equals(wanted)
+            assert online.equals(expected)
     finally:
-        service.model_manager.current = now
+        service.model_manager.current = current
 
 
-def test_filters_hold_and_say_when_little_is_left(client, loyal):
-    body = {"customer_ids": [loyal, "a-stranger"], "k": 100, "filters": {"colours": ["black"]}}
-    answer = client.post("/predict", json=body).json()
+def test_predict_filters_apply_and_report_shortfall(client, loyal):
+    body = {
+        "customer_ids": [loyal, "unknown-customer"],
+        "k": 100,
+        "filters": {"colours": ["black"]},
+    }
+    response = client.post("/predict", json=body).json()
     catalogue = client.app.state.service.model_manager.current.catalogue.articles
     colours = dict(catalogue.select("article_id", "colour").rows())
-    for part in answer["recommendations"]:
-        assert {colours[article["article_id"]] for article in part["articles"]} == {"Black"}
-        assert len(part["articles"]) + part["shortfall"] == 100
-    narrow = body | {"filters": {"colours": ["black"], "price": {"min": 1e6}}}
-    nothing = client.post("/predict", json=narrow).json()["recommendations"][0]
-    assert nothing["articles"] == [] and nothing["shortfall"] == 100
-    wrong = client.post("/predict", json=body | {"filters": {"colours": ["blakc"]}})
-    assert wrong.status_code == 422 and wrong.json()["errors"][0]["field"] == "filters.colours"
-    assert "black" in wrong.json()["detail"]
+    for recommendation in response["recommendations"]:
+        assert {colours[article["article_id"]] for article in recommendation["articles"]} == {
+            "Black"
+        }
+        assert len(recommendation["articles"]) + recommendation["shortfall"] == 100
+    narrow_body = body | {"filters": {"colours": ["black"], "price": {"min": 1e6}}}
+    empty_result = client.post("/predict", json=narrow_body).json()["recommendations"][0]
+    assert empty_result["articles"] == [] and empty_result["shortfall"] == 100
+    invalid = client.post("/predict", json=body | {"filters": {"colours": ["blakc"]}})
+    assert invalid.status_code == 422 and invalid.json()["errors"][0]["field"] == "filters.colours"
+    assert "black" in invalid.json()["detail"]
 
 
-def test_what_she_bought_and_what_is_excluded_stays_out(client, loyal, trained_lake):
-    plain = client.post("/predict", json={"customer_ids": [loyal], "k": 50}).json()
-    first = plain["recommendations"][0]["articles"][0]["article_id"]
-    for filters in ({"exclude_articles": [first]}, {"exclude_bought": True}):
+def test_predict_excludes_purchases_and_listed_articles(client, loyal, trained_lake):
+    unfiltered = client.post("/predict", json={"customer_ids": [loyal], "k": 50}).json()
+    first_article = unfiltered["recommendations"][0]["articles"][0]["article_id"]
+    for filters in ({"exclude_articles": [first_article]}, {"exclude_bought": True}):
         body = {"customer_ids": [loyal], "k": 50, "filters": filters}
         articles = client.post("/predict", json=body).json()["recommendations"][0]["articles"]
         ids = {article["article_id"] for article in articles}
         assert len(ids) == 50
         if "exclude_bought" in filters:
             history = load_history(trained_lake)
-            number = history.customers.filter(customer_id=loyal)["customer"][0]
-            bought = history.purchases.filter(customer=number).join(history.articles, on="article")
-            assert not ids & set(bought["article_id"])
+            customer = history.customers.filter(customer_id=loyal)["customer"][0]
+            purchases = history.purchases.filter(customer=customer).join(
+                history.articles, on="article"
+            )
+            assert not ids & set(purchases["article_id"])
         else:
-            assert first not in ids
+            assert first_article not in ids
 
 
-def test_what_is_sold_out_is_never_shown(client, loyal):
+def test_predict_omits_sold_out_articles(client, loyal):
     service = client.app.state.service
-    now = service.model_manager.current
-    body = {"customer_ids": [loyal, "a-stranger"]}
-    first = client.post("/predict", json=body).json()["recommendations"][0]["articles"][0]
-    stock = now.catalogue.stock.copy()
-    stock[now.catalogue.articles["article_id"].to_list().index(first["article_id"])] = 0
+    current = service.model_manager.current
+    body = {"customer_ids": [loyal, "unknown-customer"]}
+    first_article = client.post("/predict", json=body).json()["recommendations"][0]["articles"][0]
+    stock = current.catalogue.stock.copy()
+    stock[current.catalogue.articles["article_id"].to_list().index(first_article["article_id"])] = 0
     try:
-        service.model_manager.current = replace(now, catalogue=replace(now.catalogue, stock=stock))
+        service.model_manager.current = replace(
+            current, catalogue=replace(current.catalogue, stock=stock)
+        )
         text = client.post("/predict", json=body).text
-        assert first["article_id"] not in text
+        assert first_article["article_id"] not in text
     finally:
-        service.model_manager.current = now
+        service.model_manager.current = current
 
 
-def test_reasons_name_sources_features_and_a_purchase(client, loyal):
-    body = {"customer_ids": [loyal, "a-stranger"], "k": 5, "explain": True}
-    answer = client.post("/predict", json=body)
-    PredictResponse.model_validate_json(answer.text)
-    known, stranger = answer.json()["recommendations"]
-    assert any(article["reasons"]["evidence"] for article in known["articles"])
-    assert all(article["reasons"]["evidence"] is None for article in stranger["articles"])
-    for article in known["articles"]:
+def test_predict_explanations_name_sources_and_evidence(client, loyal):
+    body = {"customer_ids": [loyal, "unknown-customer"], "k": 5, "explain": True}
+    response = client.post("/predict", json=body)
+    PredictResponse.model_validate_json(response.text)
+    known_result, unknown_result = response.json()["recommendations"]
+    assert any(article["reasons"]["evidence"] for article in known_result["articles"])
+    assert all(article["reasons"]["evidence"] is None for article in unknown_result["articles"])
+    for article in known_result["articles"]:
         assert article["source"] in article["reasons"]["sources"]
-    many = client.post(
+    too_many = client.post(
         "/predict", json={"customer_ids": [f"{n}" for n in range(11)], "explain": True}
     )
-    assert many.status_code == 422
+    assert too_many.status_code == 422
 
 
-def test_similar_articles(client):
+def test_similar_returns_other_articles(client):
     article = client.post("/predict", json=EXAMPLE).json()["recommendations"][0]["articles"][0]
-    answer = client.post("/similar", json={"article_id": article["article_id"], "k": 5})
-    given = SimilarResponse.model_validate_json(answer.text)
-    ids = [found.article_id for found in given.articles]
+    response = client.post("/similar", json={"article_id": article["article_id"], "k": 5})
+    similar = SimilarResponse.model_validate_json(response.text)
+    ids = [item.article_id for item in similar.articles]
     assert len(set(ids)) == 5 and article["article_id"] not in ids
     assert client.post("/similar", json={"article_id": "0000000000"}).status_code == 404
 
 
-def test_the_model_tells_what_it_is(client, trained_lake):
+def test_model_and_ready_routes_describe_model(client, trained_lake):
     card = client.get("/model").json()
     assert card["model_version"] == get_champion(trained_lake) and card["map12"][card["method"]] > 0
     ready = client.get("/readyz").json()
     assert ready["status"] == "ok" and ready["age_days"] > 1_000 and ready["load_error"] is None
 
 
-def test_every_answer_carries_the_request_id_and_security_headers(client):
-    answer = client.post("/predict", json=EXAMPLE, headers={"X-Request-ID": "mine-1"})
-    assert answer.json()["request_id"] == answer.headers["x-request-id"] == "mine-1"
+def test_response_has_request_id_and_security_headers(client):
+    response = client.post("/predict", json=EXAMPLE, headers={"X-Request-ID": "request-1"})
+    assert response.json()["request_id"] == response.headers["x-request-id"] == "request-1"
     for path in ("/healthz", "/nothing-here", "/predict"):
-        answer = client.get(path, headers={"X-Request-ID": "<script>"})
-        assert re.fullmatch("[0-9a-f]{32}", answer.headers["x-request-id"])
-        assert answer.headers["x-content-type-options"] == "nosniff"
+        response = client.get(path, headers={"X-Request-ID": "<script>"})
+        assert re.fullmatch("[0-9a-f]{32}", response.headers["x-request-id"])
+        assert response.headers["x-content-type-options"] == "nosniff"
     assert client.get("/predict").status_code == 405
     assert client.get("/nothing-here").json()["title"] == "Not found"
 
 
-def test_metrics_count_answers_sources_and_cold_customers(trained_lake):
+def test_metrics_count_requests_and_cold_customers(trained_lake):
     with TestClient(create_app(trained_lake)) as client:
         for _ in range(3):
             client.post("/predict", json=EXAMPLE)
@@ -406,33 +431,33 @@ def test_metrics_count_answers_sources_and_cold_customers(trained_lake):
     assert 'hm_model_info{method="ranker",state="' in text or "hm_model_info{" in text
 
 
-def test_keys_and_rates(trained_lake):
-    hashed = hashlib.sha256(b"secret key").hexdigest()
+def test_api_keys_and_rate_limit(trained_lake):
+    key_hash = hashlib.sha256(b"secret key").hexdigest()
     settings = ServiceSettings(
-        api_keys=f"{hashed},{hashlib.sha256(b'new').hexdigest()}", rate_limit=2
+        api_keys=f"{key_hash},{hashlib.sha256(b'new').hexdigest()}", rate_limit=2
     )
     with TestClient(create_app(trained_lake, settings)) as client:
         assert client.get("/healthz").status_code == 200
-        refused = client.post("/predict", json=EXAMPLE)
-        assert refused.status_code == 401 and hashed not in refused.text
+        unauthorised = client.post("/predict", json=EXAMPLE)
+        assert unauthorised.status_code == 401 and key_hash not in unauthorised.text
         for key in ("secret key", "new"):
             headers = {"X-API-Key": key}
             codes = [
                 client.post("/predict", json=EXAMPLE, headers=headers).status_code for _ in range(4)
             ]
             assert codes[:2] == [200, 200] and codes[-1] == 429
-        last = client.post("/predict", json=EXAMPLE, headers=headers)
-        assert int(last.headers["retry-after"]) >= 1
+        limited = client.post("/predict", json=EXAMPLE, headers=headers)
+        assert int(limited.headers["retry-after"]) >= 1
 
 
-def test_an_invented_key_gives_no_new_rate(trained_lake):
+def test_unknown_api_keys_share_rate_limit(trained_lake):
     with TestClient(create_app(trained_lake, ServiceSettings(rate_limit=1))) as client:
         keys = [{"X-API-Key": f"{n}"} for n in range(5)]
         codes = [client.post("/predict", json=EXAMPLE, headers=key).status_code for key in keys]
     assert codes[0] == 200 and 429 in codes
 
 
-def test_deep_and_large_bodies_are_refused_before_they_are_parsed(client):
+def test_deep_or_large_body_is_rejected_before_parsing(client):
     deep = client.post(
         "/predict", content=b'{"customer_ids": ' + b"[" * 1_000 + b"]" * 1_000 + b"}"
     )
@@ -441,58 +466,60 @@ def test_deep_and_large_bodies_are_refused_before_they_are_parsed(client):
     assert large.status_code == 413 and large.json()["status"] == 413
 
 
-def test_a_full_queue_and_a_slow_answer_are_told(trained_lake, monkeypatch):
+def test_full_queue_and_timeout_return_503(trained_lake, monkeypatch):
     settings = ServiceSettings(max_queue=1, request_timeout=0.3)
-    free = threading.Event()
-    monkeypatch.setattr("hm_reco.api.app.respond", lambda *asked: free.wait(20))
-    body = EXAMPLE | {"k": 50}  # more than was computed before
+    release = threading.Event()
+    monkeypatch.setattr("hm_reco.api.app.respond", lambda *args: release.wait(20))
+    body = EXAMPLE | {"k": 50}  # more than the precomputed lists have
     with TestClient(create_app(trained_lake, settings)) as client, ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda _: client.post("/predict", json=body), range(8)))
-        free.set()
-    assert {answer.status_code for answer in answers} == {503}
-    words = {answer.json()["detail"] for answer in answers}
-    assert words == {"1 requests wait already", "not in 0.3 s"}
-    assert all(answer.headers["retry-after"] for answer in answers)
+        responses = list(pool.map(lambda _: client.post("/predict", json=body), range(8)))
+        release.set()
+    assert {response.status_code for response in responses} == {503}
+    details = {response.json()["detail"] for response in responses}
+    assert details == {"1 requests wait already", "not in 0.3 s"}
+    assert all(response.headers["retry-after"] for response in responses)
 
 
-def test_an_error_shows_no_trace(trained_lake, monkeypatch):
-    monkeypatch.setattr("hm_reco.api.app.respond", lambda *asked: 1 / 0)
+def test_internal_error_hides_traceback(trained_lake, monkeypatch):
+    monkeypatch.setattr("hm_reco.api.app.respond", lambda *args: 1 / 0)
     client = TestClient(create_app(trained_lake), raise_server_exceptions=False)
     with client:
-        answer = client.post("/predict", json=EXAMPLE)
-    assert answer.status_code == 500 and "ZeroDivision" not in answer.text
-    assert answer.json()["request_id"] == answer.headers["x-request-id"]
+        response = client.post("/predict", json=EXAMPLE)
+    assert response.status_code == 500 and "ZeroDivision" not in response.text
+    assert response.json()["request_id"] == response.headers["x-request-id"]
 
 
 @pytest.fixture
 def two_models(trained_lake: Lake, tmp_path: Path) -> tuple[Lake, str, str]:
-    """A lake with a champion, and a candidate that a year's change of mind made."""
+    """A lake with a champion and a candidate of another method."""
     shutil.copytree(trained_lake.root, tmp_path / "lake")
     lake = open_lake(str(tmp_path / "lake"))
-    now = get_champion(lake)
-    bundle = load_bundle(lake, now)
-    other = replace(bundle, version="other", method="popular, 28 days", booster=None, tower=None)
-    save_bundle(lake, other)
-    save_scores(lake, "other", load_scores(lake, now))
-    made = next(model for model in read_models(lake) if model.version == now)
-    newer = {"event": "candidate", "method": other.method, "created": datetime.now(UTC)}
-    register_model(lake, replace(made, version="other", **newer))
-    return lake, now, "other"
+    champion = get_champion(lake)
+    bundle = load_bundle(lake, champion)
+    challenger = replace(
+        bundle, version="other", method="popular, 28 days", booster=None, tower=None
+    )
+    save_bundle(lake, challenger)
+    save_scores(lake, "other", load_scores(lake, champion))
+    champion_model = next(model for model in read_models(lake) if model.version == champion)
+    changes = {"event": "candidate", "method": challenger.method, "created": datetime.now(UTC)}
+    register_model(lake, replace(champion_model, version="other", **changes))
+    return lake, champion, "other"
 
 
-def ask_till(
+def send_until_stopped(
     stop: threading.Event, client: TestClient, body: dict[str, object]
 ) -> list[httpx.Response]:
-    """Answers to one request again and again."""
-    answers = []
+    """Send one request repeatedly until `stop`; returns the responses."""
+    responses = []
     while not stop.is_set():
-        answers.append(client.post("/predict", json=body))
-    return answers
+        responses.append(client.post("/predict", json=body))
+    return responses
 
 
-def test_ten_switches_under_load_lose_and_mix_nothing(two_models):
-    """By promotion and rollback; answers of one request all come from one model."""
-    lake, one, other = two_models
+def test_model_switches_under_load_do_not_mix(two_models):
+    """Switch by promotion and rollback; each response comes from a single model."""
+    lake, champion, challenger = two_models
     ids = scan(lake, "processed/customers").head(20).collect()["customer_id"].to_list()
     body = {"customer_ids": ids, "k": 20}
     stop, lists = threading.Event(), {}
@@ -501,144 +528,157 @@ def test_ten_switches_under_load_lose_and_mix_nothing(two_models):
         ThreadPoolExecutor(3) as pool,
     ):
         service = client.app.state.service
-        asking = [pool.submit(ask_till, stop, client, body) for _ in range(3)]
-        for turn in range(10):
-            promote(lake, other, force=True) if turn % 2 == 0 else rollback(lake)
-            wanted = (other, one)[turn % 2]
-            until(lambda name=wanted: service.model_manager.current.key[0] == name)
+        tasks = [pool.submit(send_until_stopped, stop, client, body) for _ in range(3)]
+        for i in range(10):
+            promote(lake, challenger, force=True) if i % 2 == 0 else rollback(lake)
+            target = (challenger, champion)[i % 2]
+            wait_until(lambda name=target: service.model_manager.current.key[0] == name)
             time.sleep(0.1)
-            alone = client.post("/predict", json=body).json()
-            assert alone["model_version"] == wanted, f"switch {turn}"
-            lists[wanted] = alone["recommendations"]
+            single_response = client.post("/predict", json=body).json()
+            assert single_response["model_version"] == target, f"switch {i}"
+            lists[target] = single_response["recommendations"]
         stop.set()
-        answers = [answer for task in asking for answer in task.result()]
-    assert {answer.status_code for answer in answers} == {200}
-    for answer in answers:
-        given = answer.json()
-        assert given["recommendations"] == lists[given["model_version"]]
-    assert {answer.json()["model_version"] for answer in answers} == {one, other}
-    assert lists[one] != lists[other]
+        responses = [response for task in tasks for response in task.result()]
+    assert {response.status_code for response in responses} == {200}
+    for response in responses:
+        content = response.json()
+        assert content["recommendations"] == lists[content["model_version"]]
+    assert {response.json()["model_version"] for response in responses} == {champion, challenger}
+    assert lists[champion] != lists[challenger]
 
 
-def test_a_challenger_answers_aside(two_models, monkeypatch):
-    lake, one, other = two_models
+def test_shadow_compares_challenger_in_background(two_models, monkeypatch):
+    lake, champion, challenger = two_models
     ids = scan(lake, "processed/customers").head(2).collect()["customer_id"].to_list()
     settings = ServiceSettings(shadow_share=1, registry_poll_seconds=60, feedback_flush_seconds=60)
     with TestClient(create_app(lake, settings)) as client:
-        given = client.post("/predict", json={"customer_ids": ids}).json()
-        client.post("/predict", json={"customer_ids": ["a-stranger"], "k": 3})
-        client.app.state.service.shadow.executor.pool.submit(int).result()  # after the two
-        monkeypatch.setattr("hm_reco.api.shadow.respond", lambda *asked: 1 / 0)
+        champion_response = client.post("/predict", json={"customer_ids": ids}).json()
+        client.post("/predict", json={"customer_ids": ["unknown-customer"], "k": 3})
+        client.app.state.service.shadow.executor.pool.submit(int).result()  # after both
+        monkeypatch.setattr("hm_reco.api.shadow.respond", lambda *args: 1 / 0)
         assert client.post("/predict", json={"customer_ids": ids}).status_code == 200
         client.app.state.service.shadow.executor.pool.shutdown()
         text = client.get("/metrics").text
-    assert given["model_version"] == one
-    assert f'hm_shadow_info{{state="",version="{other}"}} 1.0' in text
+    assert champion_response["model_version"] == champion
+    assert f'hm_shadow_info{{state="",version="{challenger}"}} 1.0' in text
     assert 'hm_shadow_requests_total{outcome="compared"} 2.0' in text
     assert 'hm_shadow_requests_total{outcome="failed"} 1.0' in text
     rows = scan(lake, SHADOW).collect()
-    assert rows["challenger"].unique().to_list() == [other]
-    assert [len(shown) for shown in rows["champion_articles"]] == [12, 12, 3]
+    assert rows["challenger"].unique().to_list() == [challenger]
+    assert [len(articles) for articles in rows["champion_articles"]] == [12, 12, 3]
     assert rows["champion_articles"][0].to_list() == [
-        article["article_id"] for article in given["recommendations"][0]["articles"]
+        article["article_id"] for article in champion_response["recommendations"][0]["articles"]
     ]
     assert not any(id_ in str(rows.to_dicts()) for id_ in ids)
     page = lake.path("reports", "shadow.html").read_text()
-    assert f"hm promote {other}" in page and "of strangers <b>33 %" in page
+    assert f"hm promote {challenger}" in page and "of strangers <b>33 %" in page
 
 
-def test_a_challenger_that_is_behind_is_passed_over(two_models, monkeypatch):
+def test_shadow_with_backlog_drops_requests(two_models, monkeypatch):
     lake, *_ = two_models
-    free = threading.Event()
+    release = threading.Event()
     monkeypatch.setattr("hm_reco.api.shadow.MAX_PENDING", 2)
-    monkeypatch.setattr("hm_reco.api.shadow.respond", lambda *asked: free.wait(20))
+    monkeypatch.setattr("hm_reco.api.shadow.respond", lambda *args: release.wait(20))
     with TestClient(create_app(lake, ServiceSettings(shadow_share=1))) as client:
         codes = {client.post("/predict", json=EXAMPLE).status_code for _ in range(5)}
         text = client.get("/metrics").text
-        free.set()
+        release.set()
     assert codes == {200} and 'hm_shadow_requests_total{outcome="dropped"} 3.0' in text
 
 
-def test_a_comparison_that_fails_makes_room():
-    aside = BoundedExecutor(1)
-    assert aside.submit(lambda: 1 / 0)
-    until(lambda: aside.submit(lambda: None))
-    aside.pool.shutdown()
+def test_bounded_executor_frees_slot_after_failure():
+    executor = BoundedExecutor(1)
+    assert executor.submit(lambda: 1 / 0)
+    wait_until(lambda: executor.submit(lambda: None))
+    executor.pool.shutdown()
 
 
-def test_who_may_be_the_challenger(two_models):
-    lake, one, other = two_models
-    assert find_challenger(lake) == (other, "")
-    assert find_challenger(lake, one)[0] == one
-    promote(lake, other, force=True)
+def test_find_challenger_selects_candidate(two_models):
+    lake, champion, challenger = two_models
+    assert find_challenger(lake) == (challenger, "")
+    assert find_challenger(lake, champion)[0] == champion
+    promote(lake, challenger, force=True)
     with pytest.raises(NoModelError, match="no candidate"):
         find_challenger(lake)
 
 
-def event(kind: str, **more: object) -> dict[str, object]:
-    return {"kind": kind, "customer_id": "anna", "article_id": "0108775015"} | more
+def build_event(kind: str, **fields: object) -> dict[str, object]:
+    return {"kind": kind, "customer_id": "anna", "article_id": "0108775015"} | fields
 
 
-def test_feedback_is_in_the_lake_after_a_clean_stop(lake):
+def test_feedback_is_written_on_shutdown(lake):
     with TestClient(create_app(lake)) as client:
-        body = {"events": [event("impression"), event("purchase", price=0.02, channel="store")]}
+        body = {
+            "events": [
+                build_event("impression"),
+                build_event("purchase", price=0.02, channel="store"),
+            ]
+        }
         assert client.post("/feedback", json=body).json()["accepted"] == 2
-        for wrong, where in (
+        for invalid_body, field in (
             ({"events": []}, "events"),
-            ({"events": [event("purchase")]}, "events.0"),
-            ({"events": [event("impression", at="2999-01-01T00:00:00Z")]}, "events.0"),
-            ({"events": [event("stolen")]}, "events.0.kind"),
+            ({"events": [build_event("purchase")]}, "events.0"),
+            ({"events": [build_event("impression", at="2999-01-01T00:00:00Z")]}, "events.0"),
+            ({"events": [build_event("stolen")]}, "events.0.kind"),
         ):
-            answer = client.post("/feedback", json=wrong)
-            assert answer.status_code == 422 and answer.json()["errors"][0]["field"] == where
+            response = client.post("/feedback", json=invalid_body)
+            assert response.status_code == 422 and response.json()["errors"][0]["field"] == field
     assert scan(lake, "feedback/events").collect()["kind"].to_list() == ["impression", "purchase"]
-    bought = scan(lake, "feedback/purchases").collect()
-    assert bought.select("article_id", "price", "sales_channel_id").row(0) == (
+    purchases = scan(lake, "feedback/purchases").collect()
+    assert purchases.select("article_id", "price", "sales_channel_id").row(0) == (
         "0108775015",
         0.02,
         1,
     )
 
 
-def test_what_was_bought_is_a_source_of_the_next_ingestion():
+def test_feedback_purchases_are_ingested():
     lake = demo_lake("ingestion", 200)
-    before = scan(lake, "raw/transactions").collect()
+    transactions_before = scan(lake, "raw/transactions").collect()
     source = Path(lake.root).with_name("source")
     customer, article = (
-        before.row(0, named=True)["customer_id"],
-        before.row(1, named=True)["article_id"],
+        transactions_before.row(0, named=True)["customer_id"],
+        transactions_before.row(1, named=True)["article_id"],
     )
     with TestClient(create_app(lake)) as client:
         body = {
             "events": [
-                event("purchase", price=0.02) | {"customer_id": customer, "article_id": article}
+                build_event("purchase", price=0.02)
+                | {"customer_id": customer, "article_id": article}
             ]
         }
         assert client.post("/feedback", json=body).status_code == 200
-    told = Source(uri=f"{lake.root}/feedback/purchases", table="transactions")
-    ingest(lake, [Source(uri=str(source)), told])
-    after = scan(lake, "raw/transactions").collect()
-    assert after.height == before.height + 1
+    feedback_source = Source(uri=f"{lake.root}/feedback/purchases", table="transactions")
+    ingest(lake, [Source(uri=str(source)), feedback_source])
+    transactions_after = scan(lake, "raw/transactions").collect()
+    assert transactions_after.height == transactions_before.height + 1
 
 
-def test_the_page_shows_history_recommendations_and_a_session(client, loyal):
+def test_page_shows_history_recommendations_and_session(client, loyal):
     page = client.get("/", params={"q": loyal}).text
     assert page.count("<li><a") > 12 and "Bought" in page and "another variant of it" in page
-    seen = re.search(r"seen=(\d{10})", page).group(1)
-    session = client.get("/", params={"q": loyal, "seen": [seen, "0000000000", "<b>"]})
+    article_id = re.search(r"seen=(\d{10})", page).group(1)
+    session = client.get("/", params={"q": loyal, "seen": [article_id, "0000000000", "<b>"]})
     assert "This session" in session.text and '<b>"' not in session.text
     assert "script" not in session.text and "'none'" in session.headers["content-security-policy"]
-    for query in ("", "trousers", seen, "a-stranger", "<script>alert(1)</script>", "\x00"):
-        answer = client.get("/", params={"q": query})
-        assert answer.status_code == 200 and "<script" not in answer.text
+    for query in (
+        "",
+        "trousers",
+        article_id,
+        "unknown-customer",
+        "<script>alert(1)</script>",
+        "\x00",
+    ):
+        response = client.get("/", params={"q": query})
+        assert response.status_code == 200 and "<script" not in response.text
 
 
-def test_the_page_without_a_model(lake):
+def test_page_without_model_names_command(lake):
     with TestClient(create_app(lake)) as client:
         assert "hm run" in client.get("/").text
 
 
-def test_answering_needs_nothing_that_only_stages_need(trained_lake):
+def test_service_runs_without_stage_dependencies(trained_lake):
     extras = tomllib.loads(Path("pyproject.toml").read_text())["project"]["optional-dependencies"]
     stages = [re.split("[>=]", name)[0].replace("-", "_") for name in extras["stages"]]
     assert {"torch", "papermill", "pandas"} <= {*stages}
@@ -654,5 +694,7 @@ with TestClient(create_app(open_lake({trained_lake.root!r}))) as client:
     print(client.post("/predict", json=body).json()["recommendations"][0]["articles"][0])
     print(client.get("/?q=trousers").status_code, client.get("/reports/").status_code)
 """
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert "'reasons'" in done.stdout and "200" in done.stdout
+    result = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    )
+    assert "'reasons'" in result.stdout and "200" in result.stdout

@@ -1,4 +1,4 @@
-"""One interface for files, downloads, tables and databases; loads that can be repeated."""
+"""One interface for files, downloads, tables and databases; idempotent loads."""
 
 import gzip
 import http.server
@@ -33,38 +33,38 @@ TABLES = {"articles": "articles", "customers": "customers", "transactions": "tra
 
 
 @pytest.fixture(scope="module")
-def frames(sample: Path) -> dict[str, pl.DataFrame]:
+def frames(synthetic_files: Path) -> dict[str, pl.DataFrame]:
     """The synthetic data set's tables, as text."""
     return {
-        table: pl.read_csv(sample / f"{name}.csv", infer_schema=False)
+        table: pl.read_csv(synthetic_files / f"{name}.csv", infer_schema=False)
         for table, name in TABLES.items()
     }
 
 
 @pytest.fixture
-def files(sample: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(sample, tmp_path / "files"))
+def files(synthetic_files: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(synthetic_files, tmp_path / "files"))
 
 
-def raw(lake: Lake, table: str) -> pl.DataFrame:
-    """What lies in the lake, without the marks of its loads, in one order."""
+def read_raw(lake: Lake, table: str) -> pl.DataFrame:
+    """A raw table without the columns of its loads, sorted."""
     columns = get_columns(table)
     return scan(lake, f"raw/{table}").select(columns).sort(columns).collect()
 
 
 @pytest.fixture(scope="module")
-def expected(sample: Path, tmp_path_factory) -> dict[str, pl.DataFrame]:
+def expected(synthetic_files: Path, tmp_path_factory) -> dict[str, pl.DataFrame]:
     lake = open_lake(str(tmp_path_factory.mktemp("expected")))
-    ingest(lake, str(sample))
-    return {table: raw(lake, table) for table in TABLES}
+    ingest(lake, str(synthetic_files))
+    return {table: read_raw(lake, table) for table in TABLES}
 
 
-def assert_whole(lake: Lake, expected) -> None:
+def assert_raw_equal(lake: Lake, expected) -> None:
     for table, frame in expected.items():
-        assert raw(lake, table).equals(frame), table
+        assert read_raw(lake, table).equals(frame), table
 
 
-def put(frame: pl.DataFrame, path: Path, kind: str) -> None:
+def write_table(frame: pl.DataFrame, path: Path, kind: str) -> None:
     """Write a table as text in one of the formats."""
     if kind == "parquet":
         return frame.write_parquet(path)
@@ -82,36 +82,36 @@ def put(frame: pl.DataFrame, path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["csv", "csv.gz", "csv.zst", "csv.zip", "parquet", "jsonl"])
-def test_a_folder_may_have_any_format(lake, frames, expected, tmp_path, kind):
+def test_folder_source_reads_any_format(lake, frames, expected, tmp_path, kind):
     (tmp_path / "in").mkdir()
     for table, frame in frames.items():
-        put(frame, tmp_path / "in" / f"{table}.{kind}", kind)
+        write_table(frame, tmp_path / "in" / f"{table}.{kind}", kind)
     ingest(lake, str(tmp_path / "in"))
-    assert_whole(lake, expected)
+    assert_raw_equal(lake, expected)
 
 
-def test_sources_of_all_kinds_are_mixed(lake, frames, expected, tmp_path, s3):
+def test_mixed_source_kinds_load_all_rows(lake, frames, expected, tmp_path, s3):
     """Articles from a Delta table, customers from SQLite, purchases from five places."""
     write(open_lake(str(tmp_path)), "shop/catalogue", frames["articles"])
     with closing(sqlite3.connect(tmp_path / "crm.db")) as database:
-        people = frames["customers"].rename({"customer_id": "id"})
-        columns = ", ".join(f'"{name}" TEXT' for name in people.columns)
+        customers = frames["customers"].rename({"customer_id": "id"})
+        columns = ", ".join(f'"{name}" TEXT' for name in customers.columns)
         database.execute(f"CREATE TABLE people ({columns})")
-        marks = ", ".join("?" * people.width)
-        database.executemany(f"INSERT INTO people VALUES ({marks})", people.rows())
+        placeholders = ", ".join("?" * customers.width)
+        database.executemany(f"INSERT INTO people VALUES ({placeholders})", customers.rows())
         database.commit()
     rows = frames["transactions"]
     fifth = rows.height // 5
-    parts = [rows.slice(i * fifth, fifth if i < 4 else None) for i in range(5)]
+    subsets = [rows.slice(i * fifth, fifth if i < 4 else None) for i in range(5)]
     (tmp_path / "drop" / "transactions").mkdir(parents=True)
-    put(parts[0], tmp_path / "drop" / "transactions" / "monday.csv.gz", "csv.gz")
-    put(parts[1], tmp_path / "drop" / "transactions_tuesday.parquet", "parquet")
+    write_table(subsets[0], tmp_path / "drop" / "transactions" / "monday.csv.gz", "csv.gz")
+    write_table(subsets[1], tmp_path / "drop" / "transactions_tuesday.parquet", "parquet")
     client, bucket = boto3.client("s3"), s3.removeprefix("s3://")
-    client.put_object(Bucket=bucket, Key="in/transactions-3.csv", Body=parts[2].write_csv())
+    client.put_object(Bucket=bucket, Key="in/transactions-3.csv", Body=subsets[2].write_csv())
     client.put_object(Bucket=bucket, Key="in/other.txt", Body=b"nothing")
-    events = parts[3].with_columns(t_dat=pl.col("t_dat") + "T18:30:00Z").rename({"price": "paid"})
+    events = subsets[3].with_columns(t_dat=pl.col("t_dat") + "T18:30:00Z").rename({"price": "paid"})
     events.write_ndjson(tmp_path / "events.jsonl")
-    write(open_lake(s3), "shop/rest", parts[4])
+    write(open_lake(s3), "shop/rest", subsets[4])
     sources = parse_sources(
         [
             {"uri": f"{tmp_path}/shop/catalogue", "table": "articles"},
@@ -132,94 +132,98 @@ def test_sources_of_all_kinds_are_mixed(lake, frames, expected, tmp_path, s3):
         ]
     )
     ingest(lake, sources)
-    assert_whole(lake, expected)
-    again = ingest(lake, sources)
-    assert {load.state for load in again} == {"unchanged"} and len(again) == 7
+    assert_raw_equal(lake, expected)
+    second_loads = ingest(lake, sources)
+    assert {load.state for load in second_loads} == {"unchanged"} and len(second_loads) == 7
 
 
 @pytest.fixture(scope="module")
 def postgres():
-    """A PostgreSQL server of this test's own; its URL without the password."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    if not found:
-        pytest.skip("no PostgreSQL here: apt-get install postgresql")
-    with closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """A PostgreSQL server for this module; its URL without the password."""
+    initdb_paths = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not initdb_paths:
+        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     with TemporaryDirectory(prefix="hm-postgres-") as folder:
-        yield from serve(found[-1].parent, Path(folder), port)
+        yield from run_postgres(initdb_paths[-1].parent, Path(folder), port)
 
 
-def serve(tools: Path, home: Path, port: int):
-    """Run a server in a folder until the tests that use it are through."""
-    as_root = os.getuid() == 0  # which PostgreSQL refuses to run as
-    user = {"user": "postgres", "group": "postgres"} if as_root else {}
+def run_postgres(tools: Path, folder: Path, port: int):
+    """Run a server in a folder until the tests that use it have ended."""
+    as_root = os.getuid() == 0  # PostgreSQL refuses to run as root
+    account = {"user": "postgres", "group": "postgres"} if as_root else {}
     if as_root:
-        shutil.chown(home, "postgres", "postgres")
-    (home / "password").write_text("s3cr3t-of-the-test")
-    (home / "password").chmod(0o644)
-    make = [tools / "initdb", "-D", home / "data", "-U", "reader", "-A", "scram-sha-256"]
+        shutil.chown(folder, "postgres", "postgres")
+    (folder / "password").write_text("s3cr3t-of-the-test")
+    (folder / "password").chmod(0o644)
+    initdb = [tools / "initdb", "-D", folder / "data", "-U", "reader", "-A", "scram-sha-256"]
     options = f"-c listen_addresses=127.0.0.1 -c port={port} -c fsync=off"
-    options += f" -c unix_socket_directories={home}"
-    start = [tools / "pg_ctl", "-D", home / "data", "-w", "-o", options, "-l", home / "log"]
+    options += f" -c unix_socket_directories={folder}"
+    pg_ctl = [tools / "pg_ctl", "-D", folder / "data", "-w", "-o", options, "-l", folder / "log"]
 
-    def call(*command) -> None:  # its output stays away from the server, which would hold it open
-        subprocess.run(command, cwd=home, check=True, stdout=subprocess.DEVNULL, **user)
+    def run_tool(*command) -> None:  # no pipe: the server would keep it open
+        subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL, **account)
 
-    call(*make, f"--pwfile={home}/password")
-    call(*start, "start")
+    run_tool(*initdb, f"--pwfile={folder}/password")
+    run_tool(*pg_ctl, "start")
     yield f"postgresql+psycopg://reader@127.0.0.1:{port}/postgres"
-    call(*start, "-m", "immediate", "stop")
+    run_tool(*pg_ctl, "-m", "immediate", "stop")
 
 
-def test_a_postgresql_database_is_a_source(lake, frames, expected, postgres, monkeypatch):
+def test_postgresql_source_needs_valid_password(lake, frames, expected, postgres, monkeypatch):
     from sqlalchemy import create_engine, make_url, text
 
     engine = create_engine(make_url(postgres).set(password="s3cr3t-of-the-test"))
     with engine.begin() as connection:
         for table, frame in frames.items():
-            kinds = {"t_dat": "TIMESTAMP", "price": "NUMERIC", "sales_channel_id": "INT"}
-            names = ", ".join(f'"{n}" {kinds.get(n, "TEXT")}' for n in frame.columns)
+            sql_types = {"t_dat": "TIMESTAMP", "price": "NUMERIC", "sales_channel_id": "INT"}
+            names = ", ".join(f'"{n}" {sql_types.get(n, "TEXT")}' for n in frame.columns)
             connection.execute(text(f"CREATE TABLE {table} ({names})"))
             copy = f"COPY {table} FROM STDIN WITH (FORMAT csv, HEADER)"
             with connection.connection.cursor().copy(copy) as stream:
                 stream.write(frame.write_csv())
     engine.dispose()
-    shop = Source(
+    source = Source(
         uri=postgres,
         secret="SHOP_PASSWORD",
     )
     with pytest.raises(ValueError, match="environment variable SHOP_PASSWORD"):
-        ingest(lake, [shop])
+        ingest(lake, [source])
     monkeypatch.setenv("SHOP_PASSWORD", "wrong")
     with pytest.raises(ValueError, match="password authentication failed"):
-        ingest(lake, [shop])
+        ingest(lake, [source])
     monkeypatch.setenv("SHOP_PASSWORD", "s3cr3t-of-the-test")
-    ingest(lake, [shop])
-    assert_whole(lake, expected)
+    ingest(lake, [source])
+    assert_raw_equal(lake, expected)
 
 
 @pytest.fixture
 def https(files: Path, tmp_path: Path, monkeypatch):
-    """A server with a certificate of its own that wants a token; counts the bodies it sends."""
+    """A server with a self-signed certificate and a token; counts the files it sends."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-    made = x509.CertificateBuilder().subject_name(name).issuer_name(name)
-    made = made.public_key(key.public_key()).serial_number(1)
-    made = made.not_valid_before(datetime(2020, 1, 1, tzinfo=UTC))
-    made = made.not_valid_after(datetime(2099, 1, 1, tzinfo=UTC))
-    made = made.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), False)
+    certificate = x509.CertificateBuilder().subject_name(name).issuer_name(name)
+    certificate = certificate.public_key(key.public_key()).serial_number(1)
+    certificate = certificate.not_valid_before(datetime(2020, 1, 1, tzinfo=UTC))
+    certificate = certificate.not_valid_after(datetime(2099, 1, 1, tzinfo=UTC))
+    certificate = certificate.add_extension(
+        x509.SubjectAlternativeName([x509.DNSName("localhost")]), False
+    )
     pem = tmp_path / "server.pem"
-    secret = key.private_bytes(
+    key_pem = key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,
         serialization.NoEncryption(),
     )
-    signed = made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
-    pem.write_bytes(secret + signed)
+    certificate_pem = certificate.sign(key, hashes.SHA256()).public_bytes(
+        serialization.Encoding.PEM
+    )
+    pem.write_bytes(key_pem + certificate_pem)
 
     class Handler(http.server.SimpleHTTPRequestHandler):
-        sent = 0
+        n_sent = 0
 
         def __init__(self, *args, **kwargs):
             super().__init__(*args, directory=str(files), **kwargs)
@@ -227,7 +231,7 @@ def https(files: Path, tmp_path: Path, monkeypatch):
         def do_GET(self):
             if self.headers.get("Authorization") != "Bearer letmein":
                 return self.send_error(401)
-            Handler.sent += 1
+            Handler.n_sent += 1
             return super().do_GET()
 
         def log_message(self, *args):
@@ -243,7 +247,7 @@ def https(files: Path, tmp_path: Path, monkeypatch):
     server.shutdown()
 
 
-def test_downloads_are_sources(lake, expected, https, monkeypatch):
+def test_https_source_with_token_downloads_once(lake, expected, https, monkeypatch):
     url, handler = https
     sources = [Source(uri=f"{url}/{name}.csv", secret="SHOP_TOKEN") for name in TABLES.values()]
     monkeypatch.setenv("SHOP_TOKEN", "guess")
@@ -251,164 +255,174 @@ def test_downloads_are_sources(lake, expected, https, monkeypatch):
         ingest(lake, sources)
     monkeypatch.setenv("SHOP_TOKEN", "letmein")
     ingest(lake, sources)
-    assert_whole(lake, expected)
+    assert_raw_equal(lake, expected)
     assert handler.sent == 3
     assert {load.state for load in ingest(lake, sources)} == {"unchanged"}
     assert handler.sent == 3  # the server said that nothing had changed
 
 
-def states(loads) -> dict[str, str]:
+def get_state_by_file(loads) -> dict[str, str]:
     return {load.file: load.state for load in loads}
 
 
-def test_the_same_content_twice_adds_nothing(lake, files, expected):
+def test_unchanged_and_copied_files_add_no_rows(lake, files, expected):
     ingest(lake, str(files))
     before = get_table_version(lake, "raw/transactions")
     for path in files.iterdir():
-        os.utime(path, (0, 0))  # another stamp, the same content
+        os.utime(path, (0, 0))  # another etag, the same content
     shutil.copy(files / "transactions_train.csv", files / "transactions_copy.csv")
     loads = ingest(lake, str(files))
-    assert states(loads)["transactions_copy.csv"] == "copy"
-    assert states(loads)["transactions_train.csv"] == "unchanged"
+    assert get_state_by_file(loads)["transactions_copy.csv"] == "copy"
+    assert get_state_by_file(loads)["transactions_train.csv"] == "unchanged"
     assert get_table_version(lake, "raw/transactions") == before
-    assert_whole(lake, expected)
+    assert_raw_equal(lake, expected)
     (files / "transactions_train.csv").write_text(
         (files / "transactions_train.csv").read_text().rpartition("\n2020")[0] + "\n"
     )
     loads = ingest(lake, str(files))
-    assert set(states(loads).values()) == {"unchanged", "replaced", "loaded"}  # no copy any more
-    assert raw(lake, "transactions").height > 1.9 * expected["transactions"].height
+    assert set(get_state_by_file(loads).values()) == {
+        "unchanged",
+        "replaced",
+        "loaded",
+    }  # no longer a copy
+    assert read_raw(lake, "transactions").height > 1.9 * expected["transactions"].height
 
 
-def test_a_file_that_becomes_a_copy_keeps_no_rows(lake, files, expected):
+def test_file_that_becomes_copy_loses_its_rows(lake, files, expected):
     rows = pl.read_csv(files / "transactions_train.csv", infer_schema=False)
     rows.head(30).write_csv(files / "transactions_x.csv")
     ingest(lake, str(files))
-    assert raw(lake, "transactions").height == expected["transactions"].height + 30
+    assert read_raw(lake, "transactions").height == expected["transactions"].height + 30
     shutil.copy(files / "transactions_train.csv", files / "transactions_x.csv")
-    assert states(ingest(lake, str(files)))["transactions_x.csv"] == "copy"
-    assert_whole(lake, expected)
+    assert get_state_by_file(ingest(lake, str(files)))["transactions_x.csv"] == "copy"
+    assert_raw_equal(lake, expected)
 
 
-def test_a_customer_file_that_was_cut_off_stops_the_load(lake, files):
+def test_truncated_customer_file_stops_load(lake, files):
     ingest(lake, str(files), max_quarantined_share=0.05)
-    whole = (files / "customers.csv").read_text().splitlines()
-    (files / "customers.csv").write_text("\n".join(whole[:1_000]) + "\n")
+    lines = (files / "customers.csv").read_text().splitlines()
+    (files / "customers.csv").write_text("\n".join(lines[:1_000]) + "\n")
     with pytest.raises(ValueError, match=r"gone would set aside \d+ of \d+ purchases, more"):
         ingest(lake, str(files), max_quarantined_share=0.05)
     assert len(read_loads(lake)) == 3
 
 
-def test_other_names_of_columns_are_another_reading(lake, files):
+def test_changed_column_mapping_replaces_rows(lake, files):
     rows = pl.read_csv(files / "transactions_train.csv", infer_schema=False)
     rows.with_columns(net=pl.lit("0.5")).write_csv(files / "transactions_train.csv")
-    gross = Source(uri=str(files))
-    ingest(lake, [gross], allow_extra_columns=True)
-    net = Source(uri=str(files), columns={"price": "gross", "net": "price"})
+    gross_source = Source(uri=str(files))
+    ingest(lake, [gross_source], allow_extra_columns=True)
+    net_source = Source(uri=str(files), columns={"price": "gross", "net": "price"})
     assert (
-        states(ingest(lake, [net], allow_extra_columns=True))["transactions_train.csv"]
+        get_state_by_file(ingest(lake, [net_source], allow_extra_columns=True))[
+            "transactions_train.csv"
+        ]
         == "replaced"
     )
-    assert set(raw(lake, "transactions")["price"]) == {0.5}
+    assert set(read_raw(lake, "transactions")["price"]) == {0.5}
 
 
-def test_a_copy_in_another_format_is_no_second_purchase(lake, files, frames, expected):
+def test_copy_in_another_format_is_rejected(lake, files, frames, expected):
     ingest(lake, str(files))
     frames["transactions"].write_parquet(files / "transactions.parquet")
     with pytest.raises(ValueError, match=r"\.parquet: a copy of transactions_train\.csv"):
         ingest(lake, str(files))
-    assert_whole(lake, expected)
+    assert_raw_equal(lake, expected)
 
 
-def test_a_corrected_file_replaces_its_own_rows_only(lake, files, expected):
-    whole = pl.read_csv(files / "transactions_train.csv", infer_schema=False)
+def test_corrected_file_replaces_own_rows_only(lake, files, expected):
+    transactions = pl.read_csv(files / "transactions_train.csv", infer_schema=False)
     (files / "transactions_train.csv").unlink()
-    for name, rows in (("a", whole.head(100)), ("b", whole.slice(100))):
+    for name, rows in (("a", transactions.head(100)), ("b", transactions.slice(100))):
         rows.write_csv(files / f"transactions_{name}.csv")
     ingest(lake, str(files))
-    assert_whole(lake, expected)
-    whole.head(60).write_csv(files / "transactions_a.csv")
-    assert states(ingest(lake, str(files)))["transactions_a.csv"] == "replaced"
-    assert raw(lake, "transactions").height == whole.height - 40
-    (files / "transactions_b.csv").unlink()  # tidied up, not taken back
+    assert_raw_equal(lake, expected)
+    transactions.head(60).write_csv(files / "transactions_a.csv")
+    assert get_state_by_file(ingest(lake, str(files)))["transactions_a.csv"] == "replaced"
+    assert read_raw(lake, "transactions").height == transactions.height - 40
+    (files / "transactions_b.csv").unlink()  # a deleted file keeps its rows
     ingest(lake, str(files))
-    assert raw(lake, "transactions").height == whole.height - 40
+    assert read_raw(lake, "transactions").height == transactions.height - 40
 
 
-def test_a_source_that_is_not_declared_any_more_is_withdrawn(lake, files, expected, tmp_path):
-    more = Path(shutil.copytree(files, tmp_path / "more"))
-    extra = pl.read_csv(more / "transactions_train.csv", infer_schema=False).head(10)
-    extra.write_csv(more / "transactions_train.csv")
-    both = [Source(uri=str(files)), Source(uri=str(more), name="more")]
-    ingest(lake, both)
-    assert raw(lake, "transactions").height == expected["transactions"].height + 10
-    loads = ingest(lake, both[:1])
+def test_undeclared_source_is_removed(lake, files, expected, tmp_path):
+    second_folder = Path(shutil.copytree(files, tmp_path / "more"))
+    extra = pl.read_csv(second_folder / "transactions_train.csv", infer_schema=False).head(10)
+    extra.write_csv(second_folder / "transactions_train.csv")
+    sources = [Source(uri=str(files)), Source(uri=str(second_folder), name="more")]
+    ingest(lake, sources)
+    assert read_raw(lake, "transactions").height == expected["transactions"].height + 10
+    loads = ingest(lake, sources[:1])
     assert {x.state for x in loads if x.source == "more"} == {"removed"}
-    assert_whole(lake, expected)
-    moved = files.rename(tmp_path / "moved")
-    ingest(lake, str(moved))  # the same content from another place is no copy of what goes
-    assert_whole(lake, expected)
+    assert_raw_equal(lake, expected)
+    moved_folder = files.rename(tmp_path / "moved")
+    ingest(
+        lake, str(moved_folder)
+    )  # the same content from another folder is no copy of a removed source
+    assert_raw_equal(lake, expected)
 
 
-def test_purchases_wait_for_their_customers_and_articles(lake, files, expected):
+def test_orphans_are_quarantined_until_keys_arrive(lake, files, expected):
     customers = pl.read_csv(files / "customers.csv", infer_schema=False)
     customers.head(1_500).write_csv(files / "customers.csv")
     ingest(lake, str(files))
-    waiting = scan(lake, "quarantine/transactions").collect()
-    assert set(waiting["rule"]) == {"customer_id unknown"} and waiting.height > 0
+    orphans = scan(lake, "quarantine/transactions").collect()
+    assert set(orphans["rule"]) == {"customer_id unknown"} and orphans.height > 0
     customers.slice(1_500).write_csv(files / "customers_new.csv")
     ingest(lake, str(files))
-    assert_whole(lake, expected)
+    assert_raw_equal(lake, expected)
     assert scan(lake, "quarantine/transactions").collect().is_empty()
-    customers.slice(1_501).write_csv(files / "customers_new.csv")  # one of them is taken back
-    gone = customers["customer_id"][1_500]
+    customers.slice(1_501).write_csv(files / "customers_new.csv")  # remove one customer
+    removed_customer = customers["customer_id"][1_500]
     ingest(lake, str(files))
-    aside = scan(lake, "quarantine/transactions").collect()
-    assert set(aside["customer_id"]) <= {gone} and set(aside["file"]) <= {"transactions_train.csv"}
-    rest = expected["transactions"].filter(pl.col("customer_id") != gone)
-    assert raw(lake, "transactions").equals(rest)
-    assert aside.height == expected["transactions"].height - rest.height
-    customers.slice(1_500).write_csv(files / "customers_new.csv")  # and comes back
+    quarantined = scan(lake, "quarantine/transactions").collect()
+    assert set(quarantined["customer_id"]) <= {removed_customer} and set(quarantined["file"]) <= {
+        "transactions_train.csv"
+    }
+    remaining = expected["transactions"].filter(pl.col("customer_id") != removed_customer)
+    assert read_raw(lake, "transactions").equals(remaining)
+    assert quarantined.height == expected["transactions"].height - remaining.height
+    customers.slice(1_500).write_csv(files / "customers_new.csv")  # and add it again
     ingest(lake, str(files))
-    assert_whole(lake, expected)
+    assert_raw_equal(lake, expected)
 
 
-def test_the_newest_row_of_a_customer_counts(lake, files):
+def test_latest_rows_returns_last_loaded_customer(lake, files):
     customers = pl.read_csv(files / "customers.csv", infer_schema=False)
     ingest(lake, str(files))
-    older = customers.head(1).with_columns(age=pl.lit("99"))
-    older.write_csv(files / "customers_late.csv")
+    late_row = customers.head(1).with_columns(age=pl.lit("99"))
+    late_row.write_csv(files / "customers_late.csv")
     ingest(lake, str(files))
-    key = customers["customer_id"][0]
-    now = scan_latest_rows(lake, "customers").filter(customer_id=key).collect()
+    customer_id = customers["customer_id"][0]
+    customer_row = scan_latest_rows(lake, "customers").filter(customer_id=customer_id).collect()
     assert (
-        now["age"].to_list() == [99]
+        customer_row["age"].to_list() == [99]
         and scan_latest_rows(lake, "customers").collect().height == 2_000
     )
 
 
-def test_a_failed_load_says_which_file_and_changes_no_other(lake, files, expected):
+def test_failed_load_names_file_and_changes_nothing(lake, files, expected):
     ingest(lake, str(files))
     (files / "transactions_w40.csv").write_bytes("t_dat,kund\nå,1\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"files: transactions_w40\.csv: .*(utf-8|missing)"):
         ingest(lake, str(files))
-    assert_whole(lake, expected)
+    assert_raw_equal(lake, expected)
     assert len(read_loads(lake)) == 3
 
 
-def test_only_the_sources_asked_for_are_read(lake, files, tmp_path):
-    more = Path(shutil.copytree(files, tmp_path / "more"))
-    (more / "articles.csv").unlink()
-    (more / "customers.csv").unlink()
-    both = [Source(uri=str(files), name="base"), Source(uri=str(more), name="more")]
-    ingest(lake, both)
-    loads = ingest(lake, both, only_sources=["more"])
+def test_ingest_reads_selected_sources_only(lake, files, tmp_path):
+    second_folder = Path(shutil.copytree(files, tmp_path / "more"))
+    (second_folder / "articles.csv").unlink()
+    (second_folder / "customers.csv").unlink()
+    sources = [Source(uri=str(files), name="base"), Source(uri=str(second_folder), name="more")]
+    ingest(lake, sources)
+    loads = ingest(lake, sources, only_sources=["more"])
     assert {load.source for load in loads} == {"more"}
     with pytest.raises(ValueError, match="no source 'mroe'; declared are base, more"):
-        ingest(lake, both, only_sources=["mroe"])
+        ingest(lake, sources, only_sources=["mroe"])
 
 
-def test_a_changed_source_is_remarked(lake, files):
+def test_schema_change_of_source_is_noted(lake, files):
     ingest(lake, str(files))
     frame = pl.read_csv(files / "customers.csv", infer_schema=False)
     frame.select(reversed(frame.columns)).write_csv(files / "customers.csv")
@@ -419,20 +433,20 @@ def test_a_changed_source_is_remarked(lake, files):
     assert "season: none → String" in loads["articles.csv"].notes
 
 
-def test_a_password_in_a_declaration_is_refused_and_not_shown():
-    places = ["postgresql://me:hunter2@db/shop"]  # pragma: allowlist secret
-    places.append("https://me:hunter2@shop/x.csv")  # pragma: allowlist secret
-    for place in places:
-        with pytest.raises(ValueError, match="named by `secret`") as err:
-            parse_sources([{"uri": place}])
-        assert "hunter2" not in str(err.value)
+def test_password_in_source_uri_is_rejected_and_not_shown():
+    uris = ["postgresql://me:hunter2@db/shop"]  # pragma: allowlist secret
+    uris.append("https://me:hunter2@shop/x.csv")  # pragma: allowlist secret
+    for uri in uris:
+        with pytest.raises(ValueError, match="named by `secret`") as error:
+            parse_sources([{"uri": uri}])
+        assert "hunter2" not in str(error.value)
     with pytest.raises(ValueError, match="declared twice"):
         parse_sources([{"uri": "x"}, {"uri": "x"}])
     with pytest.raises(ValueError, match=r"source number 1: .*zone"):
         parse_sources([{"uri": "x", "schedule": "0 5 * * *", "zone": "Europe/Stockhome"}])
 
 
-def test_a_fingerprint_changes_with_an_object(s3):
+def test_fingerprint_changes_with_s3_object(s3):
     client, bucket = boto3.client("s3"), s3.removeprefix("s3://")
     client.put_object(Bucket=bucket, Key="in/articles.csv", Body=b"a")
     before = fingerprint(f"{s3}/in")

@@ -1,4 +1,4 @@
-"""The library is what the notebooks say, and the notebooks are clean."""
+"""The library equals the export of the notebooks, and the notebooks are clean."""
 
 import shutil
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def contents(folder: Path) -> dict[str, bytes]:
+def read_files(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for name in ("nbs", "hm_reco")
@@ -25,6 +25,6 @@ def test_export_and_clean_leave_no_diff(tmp_path):
         shutil.copy(ROOT / name, tmp_path)
     for command in ("nbdev-export", "nbdev-clean"):
         subprocess.run([Path(sys.executable).with_name(command)], cwd=tmp_path, check=True)
-    before, after = contents(ROOT), contents(tmp_path)
+    before, after = read_files(ROOT), read_files(tmp_path)
     assert before.keys() == after.keys()
     assert [name for name in before if before[name] != after[name]] == []

@@ -1,4 +1,4 @@
-"""A study survives its process, and luck does not choose."""
+"""Tuning: resumed studies, robust choice of settings and trees."""
 
 from datetime import timedelta
 from itertools import islice
@@ -29,118 +29,132 @@ from hm_reco.ranking.tuning import (
 
 
 @pytest.fixture(scope="module")
-def shop():
+def history():
     return generate_history(600)
 
 
 @pytest.fixture(scope="module")
-def weeks(shop):
-    opened = [build_week(shop, shop.day - timedelta(days=28 * n), days=28) for n in (1, 2, 3)]
+def weeks(history):
+    opened = [build_week(history, history.day - timedelta(days=28 * n), days=28) for n in (1, 2, 3)]
     return [(week, build_training_matrix(week)) for week in opened]
 
 
-def test_a_study_goes_on_after_a_kill(lake: Lake, weeks, monkeypatch):
-    exams = [build_validation_set(week, matrix) for week, matrix in weeks[:1]]
-    learned = [downsample_negatives(matrix, 0.2, n) for n, (_, matrix) in enumerate(weeks[1:])]
-    real, calls = tuning.train_segment, []
+def test_study_resumes_after_interrupt(lake: Lake, weeks, monkeypatch):
+    validation_sets = [build_validation_set(week, matrix) for week, matrix in weeks[:1]]
+    matrices = [downsample_negatives(matrix, 0.2, n) for n, (_, matrix) in enumerate(weeks[1:])]
+    original_segment, calls = tuning.train_segment, []
 
-    def killed(lesson, begun):
-        calls.append(begun.n_trees == 0)
+    def interrupt_third_trial(trial_data, checkpoint):
+        calls.append(checkpoint.n_trees == 0)
         if sum(calls) == 3:  # the third trial
             raise KeyboardInterrupt
-        return real(lesson, begun)
+        return original_segment(trial_data, checkpoint)
 
-    monkeypatch.setattr(tuning, "train_segment", killed)
+    monkeypatch.setattr(tuning, "train_segment", interrupt_third_trial)
     with pytest.raises(KeyboardInterrupt):
-        tune(lake, "study", learned, exams, RankerSettings(), minutes=5)
-    again = tune(lake, "study", learned, exams, RankerSettings(), minutes=0)
-    done = again.trials.filter(state="complete")
-    assert done["trial"].to_list()[:2] == [0, 1] and sum(calls) == 3
-    assert again.settings.rounds in done["rounds"].to_list()
+        tune(lake, "study", matrices, validation_sets, RankerSettings(), minutes=5)
+    resumed = tune(lake, "study", matrices, validation_sets, RankerSettings(), minutes=0)
+    completed = resumed.trials.filter(state="complete")
+    assert completed["trial"].to_list()[:2] == [0, 1] and sum(calls) == 3
+    assert resumed.settings.rounds in completed["rounds"].to_list()
 
 
-def test_a_lucky_trial_does_not_replace_the_usual_settings(lake: Lake, weeks, monkeypatch):
-    usual = RankerSettings()
-    exams = [build_validation_set(week, matrix) for week, matrix in weeks[:1]]
-    count = exams[0].customers.size
-    plain, lucky = np.full(count, 0.02), np.r_[np.full(count - 1, 0.02), 0.9]
+def test_lucky_trial_does_not_replace_defaults(lake: Lake, weeks, monkeypatch):
+    defaults = RankerSettings()
+    validation_sets = [build_validation_set(week, matrix) for week, matrix in weeks[:1]]
+    count = validation_sets[0].customers.size
+    default_ap, lucky_ap = np.full(count, 0.02), np.r_[np.full(count - 1, 0.02), 0.9]
 
-    def marked(_lesson, begun):
-        return begun, [plain if begun.settings == usual else lucky] * (tuning.PATIENCE_STEPS + 1)
+    def score_segment(_trial_data, checkpoint):
+        return checkpoint, [default_ap if checkpoint.settings == defaults else lucky_ap] * (
+            tuning.PATIENCE_STEPS + 1
+        )
 
-    monkeypatch.setattr(tuning, "train_segment", marked)
-    tuned = tune(lake, "luck", [m for _, m in weeks[1:]], exams, usual, minutes=0.002)
+    monkeypatch.setattr(tuning, "train_segment", score_segment)
+    tuned = tune(lake, "luck", [m for _, m in weeks[1:]], validation_sets, defaults, minutes=0.002)
     assert tuned.trials.height > 1
     assert tuned.trials["value"].to_list()[1] > tuned.trials["value"].to_list()[0]
-    assert tuned.settings.num_leaves == usual.num_leaves and tuned.value == pytest.approx(0.02)
+    assert tuned.settings.num_leaves == defaults.num_leaves and tuned.value == pytest.approx(0.02)
 
 
-def test_settings_are_chosen_on_weeks_before_the_judged_ones(shop):
-    plan = BacktestPlan(shop.day, evaluation_weeks=2, tuning_weeks=3, training_weeks=6)
-    asked = []
+def test_tuning_weeks_precede_evaluation_weeks(history):
+    plan = BacktestPlan(history.day, evaluation_weeks=2, tuning_weeks=3, training_weeks=6)
+    calls = []
 
-    def find(learned, exams):
-        asked.append((len(learned), [set(exam.customers.tolist()) for exam in exams]))
+    def tuner(matrices, validation_sets):
+        calls.append(
+            (
+                len(matrices),
+                [set(validation_set.customers.tolist()) for validation_set in validation_sets],
+            )
+        )
         return RankerSettings(rounds=10)
 
-    result = evaluate(shop, plan, tuner=find)
-    days = [shop.day - timedelta(days=7 * back) for back in (5, 4, 3)]
-    buyers = [set(build_week(shop, day).buyers["customer"]) for day in days]
-    assert asked == [(6, buyers)] and result.settings.rounds == 10
-    assert result.scores["day"].min() == shop.day - timedelta(days=14)
+    result = evaluate(history, plan, tuner=tuner)
+    days = [history.day - timedelta(days=7 * weeks_back) for weeks_back in (5, 4, 3)]
+    buyers = [set(build_week(history, day).buyers["customer"]) for day in days]
+    assert calls == [(6, buyers)] and result.settings.rounds == 10
+    assert result.scores["day"].min() == history.day - timedelta(days=14)
 
 
-def test_a_segment_is_as_grown_in_one_go(weeks):
-    exam = concat_validation_sets(
+def test_train_segments_equal_single_training(weeks):
+    validation_set = concat_validation_sets(
         [build_validation_set(week, matrix) for week, matrix in weeks[:1]]
     )
-    learned = [downsample_negatives(matrix, 0.2, n) for n, (_, matrix) in enumerate(weeks[1:])]
+    matrices = [downsample_negatives(matrix, 0.2, n) for n, (_, matrix) in enumerate(weeks[1:])]
     settings, trees = RankerSettings(), tuning.TREES_PER_STEP * tuning.STEPS_PER_SEGMENT
-    marks = [
+    ap_by_step = [
         *islice(
-            compute_learning_curve(TrialData(learned, exam), settings), tuning.STEPS_PER_SEGMENT + 1
+            compute_learning_curve(TrialData(matrices, validation_set), settings),
+            tuning.STEPS_PER_SEGMENT + 1,
         )
     ]
-    whole = lgb.Booster(settings.to_parameters(), to_dataset(learned))
+    booster = lgb.Booster(settings.to_parameters(), to_dataset(matrices))
     for _ in range(trees):
-        whole.update()
-    scores = whole.predict(exam.matrix.values, raw_score=True)
-    assert np.allclose(marks[-2], exam.compute_average_precision(scores)) and not np.array_equal(
-        marks[-1], marks[-2]
-    )
+        booster.update()
+    scores = booster.predict(validation_set.matrix.values, raw_score=True)
+    assert np.allclose(
+        ap_by_step[-2], validation_set.compute_average_precision(scores)
+    ) and not np.array_equal(ap_by_step[-1], ap_by_step[-2])
 
 
-def test_smoothing_by_hand():
+def test_smoothing_example():
     assert smooth([1.0] * 9 + [10.0])[0] == 1.0
     assert smooth([1.0] * 9 + [10.0])[-1] == pytest.approx((4 * 1.0 + 10.0) / 5)
 
 
-def test_the_fewest_trees_that_are_no_clear_loss(monkeypatch):
-    even = np.tile([0.2, 0.4], 50)
-    steps = [0.5 * even, even - 0.001 * (np.arange(100) % 3), even]  # the middle is .001 behind
+def test_select_num_trees_within_one_standard_error(monkeypatch):
+    full_ap = np.tile([0.2, 0.4], 50)
+    steps = [
+        0.5 * full_ap,
+        full_ap - 0.001 * (np.arange(100) % 3),
+        full_ap,
+    ]  # the middle step is .001 worse
 
     monkeypatch.setattr(tuning, "SMOOTHING_STEPS", 0)
     assert (
         select_num_trees(steps)[0] == 3 * tuning.TREES_PER_STEP
-    )  # behind for two of three customers: clear
-    noisy = even + 0.05 * np.random.default_rng(0).standard_normal(100)
-    noisy += (even - noisy).mean() - 0.001  # just as far behind, here more, there less
-    trees, marks = select_num_trees([steps[0], noisy, even])
-    assert trees == 2 * tuning.TREES_PER_STEP and np.allclose(marks, noisy)
+    )  # worse for two of three customers: significant
+    noisy = full_ap + 0.05 * np.random.default_rng(0).standard_normal(100)
+    noisy += (full_ap - noisy).mean() - 0.001  # the same mean loss, but noisy
+    trees, ap = select_num_trees([steps[0], noisy, full_ap])
+    assert trees == 2 * tuning.TREES_PER_STEP and np.allclose(ap, noisy)
 
 
-def test_an_exam_marks_as_the_metric_does(weeks):
-    (week, matrix), draw = weeks[0], np.random.default_rng(0)
-    scores = draw.integers(0, 50, len(matrix.label)).astype(float)  # many ties
+def test_validation_set_ap_equals_metric(weeks):
+    (week, matrix), rng = weeks[0], np.random.default_rng(0)
+    scores = rng.integers(0, 50, len(matrix.label)).astype(float)  # many ties
     lists = rank_by_score(matrix.pairs.with_columns(score=pl.Series(scores)), 12)
     expected = average_precision(lists, week.sold)["ap"].to_numpy()
-    exam = build_validation_set(week, matrix)
-    assert expected.any() and np.allclose(exam.compute_average_precision(scores), expected)
-    few = sample_customers(exam, 5, 0)
-    place = np.searchsorted(exam.customers, few.customers)
-    rows = np.concatenate([np.arange(*matrix.start[n : n + 2]) for n in place])
-    assert np.allclose(few.compute_average_precision(scores[rows]), expected[place])
-    both = concat_validation_sets([exam, exam])
+    validation_set = build_validation_set(week, matrix)
+    assert expected.any() and np.allclose(
+        validation_set.compute_average_precision(scores), expected
+    )
+    sampled = sample_customers(validation_set, 5, 0)
+    positions = np.searchsorted(validation_set.customers, sampled.customers)
+    rows = np.concatenate([np.arange(*matrix.start[n : n + 2]) for n in positions])
+    assert np.allclose(sampled.compute_average_precision(scores[rows]), expected[positions])
+    combined = concat_validation_sets([validation_set, validation_set])
     assert np.allclose(
-        both.compute_average_precision(np.r_[scores, scores]), np.r_[expected, expected]
+        combined.compute_average_precision(np.r_[scores, scores]), np.r_[expected, expected]
     )

@@ -35,12 +35,12 @@ write_manifest(open_lake(lake), run_id, "toy", {}, {}, metrics)
 """
 
 
-def toy(
+def build_toy_stage(
     folder: Path,
     body: str = MANIFEST,
     parameters: str = PARAMETERS,
     name: str = "toy",
-    **stage: Any,
+    **options: Any,
 ) -> Stage:
     """A stage whose notebook runs `body`."""
     cells = [
@@ -54,16 +54,18 @@ def toy(
     kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
     path = folder / f"{name}.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), path)
-    return Stage(name=name, notebook=path, **stage)
+    return Stage(name=name, notebook=path, **options)
 
 
-def job(stage: Stage, run_id: str | None = None, **given: Any) -> Job:
-    """A job of its own run."""
-    return Job(stage, resolve([stage], ("-p", given))[stage.name], run_id or generate_run_id())
+def build_job(stage: Stage, run_id: str | None = None, **assignments: Any) -> Job:
+    """A job with a run of its own."""
+    return Job(
+        stage, resolve([stage], ("-p", assignments))[stage.name], run_id or generate_run_id()
+    )
 
 
-def run_toys(lake: Lake, *jobs: Job, limit: int = 2, force: bool = False) -> list[StageRun]:
-    """Run jobs; the entries, however they ended."""
+def run_toy_jobs(lake: Lake, *jobs: Job, limit: int = 2, force: bool = False) -> list[StageRun]:
+    """Run jobs; returns their stage runs, succeeded or not."""
     try:
         return run_jobs(
             lake, jobs, RunDisplay(Console(file=sys.stderr)), get_library_hooks(), limit, force

@@ -1,9 +1,9 @@
-"""Peers of ingestion and processing, in an environment of their own; see `data.py`.
+"""Ingestion and processing by other libraries, in a separate environment; see `data.py`.
 
-    .venv-peers/bin/python bench/peers.py parse|duckdb|pandas SOURCE OUT
+    .venv-peers/bin/python bench/external_data.py parse|duckdb|pandas SOURCE OUT
 
 `parse` only reads a CSV. The two others make the processed tables of the stage `processing` from
-the parquet files of `raw/`, as hand-written DuckDB SQL and as pandas would. Each prints a line of
+the parquet files of `raw/`, with hand-written DuckDB SQL and with pandas. Each prints a line of
 JSON: its seconds, and figures that must agree with ours.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 SHARDS = 4
 
-MAPPED = """
+TABLES_SQL = """
 CREATE TABLE articles AS SELECT row_number() OVER (ORDER BY article_id) - 1 AS article, article_id,
     prod_name AS name, product_code AS product, product_type_no AS type,
     graphical_appearance_no AS appearance, colour_group_code AS colour, department_no AS department,
@@ -60,21 +60,21 @@ PARTITIONS = {
 }
 
 
-def parse(source: str, out: str) -> dict[str, float]:
+def parse_csv(source: str, out: str) -> dict[str, float]:
     """All columns of a CSV, parsed by all cores."""
     from pyarrow import csv
 
     return {"rows": csv.read_csv(source).num_rows}
 
 
-def by_duckdb(source: str, out: str) -> dict[str, float]:
+def run_duckdb(source: str, out: str) -> dict[str, float]:
     """The processed tables in SQL."""
     import duckdb
 
     Path(out).mkdir(parents=True)
     database = duckdb.connect(f"{out}/work.db")
     database.execute("SET preserve_insertion_order = false")
-    database.execute(MAPPED.format(raw=source, shards=SHARDS))
+    database.execute(TABLES_SQL.format(raw=source, shards=SHARDS))
     for name, partitions in PARTITIONS.items():
         database.execute(f"COPY {name} TO '{out}/{name}' (FORMAT parquet{partitions})")
     purchases, weeks, units, spend = (
@@ -89,7 +89,7 @@ def by_duckdb(source: str, out: str) -> dict[str, float]:
     return {"purchases": purchases, "weeks": weeks, "units": int(units), "spend": spend}
 
 
-def by_pandas(source: str, out: str) -> dict[str, float]:
+def run_pandas(source: str, out: str) -> dict[str, float]:
     """The processed tables in pandas."""
     import pandas as pd
 
@@ -104,21 +104,23 @@ def by_pandas(source: str, out: str) -> dict[str, float]:
     rows["t_dat"] = rows["t_dat"].astype("datetime64[s]")
     rows = rows.rename(columns={"t_dat": "day", "sales_channel_id": "channel"})
     keys = ["customer", "article", "day", "channel", "price"]
-    bought = rows.groupby(keys, sort=False).size().rename("units").reset_index()
+    purchases = rows.groupby(keys, sort=False).size().rename("units").reset_index()
     del rows
-    bought["shard"] = bought["customer"] % SHARDS
-    bought["week"] = bought["day"] - pd.to_timedelta(bought["day"].dt.day_of_week, unit="D")
-    bought["spend"] = bought["price"].astype("float64") * bought["units"]
-    bought["online"] = bought["units"].where(bought["channel"] == 2, 0)
-    by_article = bought.groupby(["week", "article"], sort=False).agg(
+    purchases["shard"] = purchases["customer"] % SHARDS
+    purchases["week"] = purchases["day"] - pd.to_timedelta(
+        purchases["day"].dt.day_of_week, unit="D"
+    )
+    purchases["spend"] = purchases["price"].astype("float64") * purchases["units"]
+    purchases["online"] = purchases["units"].where(purchases["channel"] == 2, 0)
+    weekly_articles = purchases.groupby(["week", "article"], sort=False).agg(
         units=("units", "sum"),
         buyers=("customer", "nunique"),
         spend=("spend", "sum"),
         online=("online", "sum"),
     )
-    by_article["price"] = by_article.pop("spend") / by_article["units"]
-    by_article["online"] /= by_article["units"]
-    by_customer = bought.groupby(["week", "customer"], sort=False).agg(
+    weekly_articles["price"] = weekly_articles.pop("spend") / weekly_articles["units"]
+    weekly_articles["online"] /= weekly_articles["units"]
+    weekly_customers = purchases.groupby(["week", "customer"], sort=False).agg(
         visits=("day", "nunique"),
         units=("units", "sum"),
         online=("online", "sum"),
@@ -126,7 +128,7 @@ def by_pandas(source: str, out: str) -> dict[str, float]:
         first_day=("day", "min"),
         last_day=("day", "max"),
     )
-    features = by_customer.groupby("customer").agg(
+    features = weekly_customers.groupby("customer").agg(
         weeks=("units", "size"),
         visits=("visits", "sum"),
         units=("units", "sum"),
@@ -135,43 +137,43 @@ def by_pandas(source: str, out: str) -> dict[str, float]:
         first_day=("first_day", "min"),
         last_day=("last_day", "max"),
     )
-    between = (features["last_day"] - features["first_day"]).dt.days
+    days_between = (features["last_day"] - features["first_day"]).dt.days
     features["basket"] = features["units"] / features["visits"]
-    features["visit_gap"] = between / (features["visits"] - 1).clip(1)
+    features["visit_gap"] = days_between / (features["visits"] - 1).clip(1)
     features["usual_price"] = features["spend"] / features["units"]
     features["online_share"] = features.pop("online") / features["units"]
     articles.to_parquet(f"{out}/articles.parquet")
     customers.to_parquet(f"{out}/customers.parquet")
-    bought = bought.drop(columns=["spend", "online"])
-    bought.to_parquet(f"{out}/purchases", partition_cols=["shard", "week"])
-    by_article.reset_index().to_parquet(f"{out}/weekly_articles", partition_cols=["week"])
-    by_customer.reset_index().to_parquet(f"{out}/weekly_customers", partition_cols=["week"])
+    purchases = purchases.drop(columns=["spend", "online"])
+    purchases.to_parquet(f"{out}/purchases", partition_cols=["shard", "week"])
+    weekly_articles.reset_index().to_parquet(f"{out}/weekly_articles", partition_cols=["week"])
+    weekly_customers.reset_index().to_parquet(f"{out}/weekly_customers", partition_cols=["week"])
     features.to_parquet(f"{out}/customer_features.parquet")
     return {
-        "purchases": len(bought),
-        "weeks": len(by_customer),
+        "purchases": len(purchases),
+        "weeks": len(weekly_customers),
         "units": int(features["units"].sum()),
         "spend": float(features["spend"].sum()),
     }
 
 
-def peak_mb() -> float:
-    """Peak resident memory of this process, without what its parent had (Linux)."""
+def get_peak_mb() -> float:
+    """Peak resident memory of this process, excluding its parent's (Linux)."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1e3  # type: ignore[index]
 
 
-WORKS: dict[str, Callable[[str, str], dict[str, float]]] = {
-    "parse": parse,
-    "duckdb": by_duckdb,
-    "pandas": by_pandas,
+WORKLOADS: dict[str, Callable[[str, str], dict[str, float]]] = {
+    "parse": parse_csv,
+    "duckdb": run_duckdb,
+    "pandas": run_pandas,
 }
 
 LIBRARIES = {"parse": "pyarrow.csv", "duckdb": "duckdb", "pandas": "pandas"}
 
 if __name__ == "__main__":
-    import_module(LIBRARIES[sys.argv[1]])  # which is not part of the work
-    began = time.perf_counter()
-    figures = WORKS[sys.argv[1]](sys.argv[2], sys.argv[3])
-    cost = {"seconds": time.perf_counter() - began, "peak_mb": peak_mb()}
+    import_module(LIBRARIES[sys.argv[1]])  # imports are not measured
+    started = time.perf_counter()
+    figures = WORKLOADS[sys.argv[1]](sys.argv[2], sys.argv[3])
+    cost = {"seconds": time.perf_counter() - started, "peak_mb": get_peak_mb()}
     print(json.dumps(cost | figures))

@@ -1,4 +1,4 @@
-"""The synthetic data set is calibrated: baselines score on it about what they score on H&M's data."""
+"""The synthetic data set is calibrated: baselines score as on H&M's data."""
 
 from datetime import timedelta
 
@@ -20,9 +20,12 @@ from hm_reco.ranking.metrics import average_precision
 
 @pytest.fixture(scope="module")
 def baselines() -> dict[str, float]:
-    """MAP@12 of two baselines over the last four weeks of the default world."""
-    shop = generate_history(20_000)
-    weeks = [build_week(shop, shop.day - timedelta(days=7 * back)) for back in range(1, 5)]
+    """MAP@12 of two baselines over the last four weeks of the default data set."""
+    history = generate_history(20_000)
+    weeks = [
+        build_week(history, history.day - timedelta(days=7 * weeks_back))
+        for weeks_back in range(1, 5)
+    ]
     return {
         name: np.concatenate(
             [
@@ -36,36 +39,36 @@ def baselines() -> dict[str, float]:
     }
 
 
-def test_popularity_scores_as_on_real_data(baselines):
+def test_synthetic_popularity_scores_as_on_real_data(baselines):
     assert 0.007 <= baselines["popular, 7 days"] <= 0.009
 
 
-def test_decayed_history_scores_as_on_real_data(baselines):
+def test_synthetic_decayed_history_scores_as_on_real_data(baselines):
     assert 0.020 <= baselines["own history, half-life 28 days"] <= 0.024
 
 
-def test_the_world_is_the_same_for_the_same_seed(tmp_path):
+def test_synthetic_data_depend_on_seed_only(tmp_path):
     for name in "ab":
         write_synthetic(tmp_path / name, 200, seed=5)
     for file in ("articles.csv", "customers.csv", "transactions_train.csv"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
-def test_gaps_are_where_the_real_file_has_them():
-    world = generate_shop(5_000, 1)
-    frame = build_customers(world.ages, build_customer_ids(5_000, 1), 1)
-    share = frame.null_count().row(0, named=True)
-    assert 0.6 < share["FN"] / 5_000 < 0.7 and 0.6 < share["Active"] / 5_000 < 0.7
-    assert 0.005 < share["age"] / 5_000 < 0.02
-    assert share["customer_id"] == 0
+def test_synthetic_missing_values_match_real_file():
+    shop = generate_shop(5_000, 1)
+    frame = build_customers(shop.ages, build_customer_ids(5_000, 1), 1)
+    n_missing = frame.null_count().row(0, named=True)
+    assert 0.6 < n_missing["FN"] / 5_000 < 0.7 and 0.6 < n_missing["Active"] / 5_000 < 0.7
+    assert 0.005 < n_missing["age"] / 5_000 < 0.02
+    assert n_missing["customer_id"] == 0
 
 
-def test_a_world_needs_a_customer(tmp_path):
+def test_synthetic_without_customers_is_rejected(tmp_path):
     with pytest.raises(ValueError, match="customers: expected 1 or more, found 0"):
         write_synthetic(tmp_path, 0)
 
 
 @pytest.mark.parametrize("customers", [1, 2, 30])
-def test_the_smallest_worlds_can_be_made(tmp_path, customers):
+def test_synthetic_smallest_sizes_are_generated(tmp_path, customers):
     rows = write_synthetic(tmp_path, customers)
     assert pl.read_csv(tmp_path / "customers.csv").height == rows["customers"] == customers

@@ -1,4 +1,4 @@
-"""A model or a state whose makers vouch for nonsense is refused before compiled code follows it."""
+"""Models and snapshots with valid checksums but invalid content are rejected on load."""
 
 import hashlib
 import json
@@ -39,8 +39,8 @@ from hm_reco.serving.snapshot import (
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory):
-    """A lake with a bundle and its state."""
+def saved_model(tmp_path_factory: pytest.TempPathFactory):
+    """A lake, a bundle in it and the name of its snapshot."""
     history = generate_history(400)
     week = build_week(history, history.day - timedelta(days=28), days=28)
     booster = train([build_training_matrix(week)], RankerSettings(rounds=10, min_data_in_leaf=20))
@@ -52,14 +52,14 @@ def made(tmp_path_factory: pytest.TempPathFactory):
     return lake, bundle, name
 
 
-def test_an_honest_model_is_taken(made):
-    lake, bundle, name = made
+def test_valid_model_and_snapshot_are_loaded(saved_model):
+    lake, bundle, name = saved_model
     check_trees(bundle.booster.model_to_string())
     assert recommend(load_snapshot(lake, load_bundle(lake, "v1"), name), [""])[""].articles
 
 
 @pytest.mark.parametrize(
-    ("pattern", "instead", "told"),
+    ("pattern", "replacement", "message"),
     [
         (r"split_feature=\d+", "split_feature=9999", "a feature beyond"),
         (r"left_child=-?\d+", "left_child=0", "its nodes are no tree"),
@@ -74,21 +74,23 @@ def test_an_honest_model_is_taken(made):
         (r"threshold=(\S+)", "threshold=\\1 ü", "columns of another length"),
     ],
 )
-def test_trees_that_lead_astray_are_refused(made, tmp_path, pattern, instead, told):
-    text = made[1].booster.model_to_string()
-    bad = re.sub(pattern, instead, text, count=1)
+def test_bundle_with_invalid_trees_is_rejected(
+    saved_model, tmp_path, pattern, replacement, message
+):
+    text = saved_model[1].booster.model_to_string()
+    edited = re.sub(pattern, replacement, text, count=1)
     if "tree_s" not in pattern and "\nTree=" in text.split(re.search(pattern, text)[0])[0]:
-        first = int(re.search(r"tree_sizes=(\d+)", bad)[1]) + len(bad) - len(text)
-        bad = re.sub(r"tree_sizes=\d+", f"tree_sizes={first}", bad, count=1)
+        first_size = int(re.search(r"tree_sizes=(\d+)", edited)[1]) + len(edited) - len(text)
+        edited = re.sub(r"tree_sizes=\d+", f"tree_sizes={first_size}", edited, count=1)
     lake = open_lake(str(tmp_path))
-    save_bundle(lake, made[1])
-    vouch(lake, "ranker.txt", bad.encode())
-    with pytest.raises(BundleError, match=told):
+    save_bundle(lake, saved_model[1])
+    write_with_checksum(lake, "ranker.txt", edited.encode())
+    with pytest.raises(BundleError, match=message):
         load_bundle(lake, "v1")
 
 
-def vouch(lake: Lake, name: str, content: bytes) -> None:
-    """Another file in a bundle, with its checksum."""
+def write_with_checksum(lake: Lake, name: str, content: bytes) -> None:
+    """Replace a file of a bundle and update its checksum."""
     folder = lake.path("artifacts", "models", "v1")
     (folder / name).write_bytes(content)
     manifest = json.loads((folder / MANIFEST).read_text())
@@ -96,42 +98,42 @@ def vouch(lake: Lake, name: str, content: bytes) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
-def test_numbers_changed_by_lot_never_end_the_process(made):
-    """Refused by the check or by LightGBM, or a model like any other."""
-    text, draw, refused = made[1].booster.model_to_string(), random.Random(0), 0
-    places = list(re.finditer(r"(?<==)-?\d+|(?<= )-?\d+", text[: text.index("end of trees")]))
-    values = np.random.default_rng(0).random((70, made[1].booster.num_feature()), np.float32)
+def test_random_tree_edits_never_crash(saved_model):
+    """Each edit is rejected by the check or by LightGBM, or gives a valid model."""
+    text, rng, n_rejected = saved_model[1].booster.model_to_string(), random.Random(0), 0
+    matches = list(re.finditer(r"(?<==)-?\d+|(?<= )-?\d+", text[: text.index("end of trees")]))
+    values = np.random.default_rng(0).random((70, saved_model[1].booster.num_feature()), np.float32)
     for _ in range(300):
-        place = draw.choice(places)
-        number = str(draw.choice([-1, 0, 7, 64, 10**6, -(10**6)]))
-        other = number[: len(place[0])].rjust(len(place[0]), "0")  # every tree stays where it was
-        bad = text[: place.start()] + other + text[place.end() :]
+        match = rng.choice(matches)
+        number = str(rng.choice([-1, 0, 7, 64, 10**6, -(10**6)]))
+        padded = number[: len(match[0])].rjust(len(match[0]), "0")  # the length stays the same
+        edited = text[: match.start()] + padded + text[match.end() :]
         try:
-            check_trees(bad)
-            forest = build_forest(lgb.Booster(model_str=bad))
+            check_trees(edited)
+            forest = build_forest(lgb.Booster(model_str=edited))
             assert predict_scores(forest, values).shape == (70,)
         except (ValueError, lgb.basic.LightGBMError):
-            refused += 1
-    assert refused > 30
+            n_rejected += 1
+    assert n_rejected > 30
 
 
-def test_a_file_too_large_and_a_file_nobody_knows(made, tmp_path, monkeypatch):
+def test_bundle_with_oversized_or_unknown_file_is_rejected(saved_model, tmp_path, monkeypatch):
     lake = open_lake(str(tmp_path))
-    save_bundle(lake, made[1])
+    save_bundle(lake, saved_model[1])
     monkeypatch.setitem(load_bundle.__globals__["MOST_BYTES"], "ranker.txt", 100)
     with pytest.raises(BundleError, match="100 are allowed"):
         load_bundle(lake, "v1")
     monkeypatch.undo()
     (lake.path("artifacts", "models", "v1") / "../v1/more.bin").write_bytes(b"x")
-    vouch(lake, "more.bin", b"x")
+    write_with_checksum(lake, "more.bin", b"x")
     with pytest.raises(BundleError, match=r"'more\.bin' has 1 bytes; 0 are allowed"):
         load_bundle(lake, "v1")
 
 
-def test_a_tower_larger_than_its_weights(made):
+def test_two_tower_larger_than_weights_is_rejected(saved_model):
     history = generate_history(200)
-    tower = TwoTower(build_vocabulary(history.articles), TwoTowerSettings(width=16))
-    data = to_bytes(tower)
+    two_tower = TwoTower(build_vocabulary(history.articles), TwoTowerSettings(width=16))
+    data = to_bytes(two_tower)
     assert from_bytes(data).settings.width == 16
     larger = data.replace(b'\\"width\\": 16', b'\\"width\\": 64')
     assert larger != data
@@ -141,78 +143,76 @@ def test_a_tower_larger_than_its_weights(made):
         read_encoder(larger)
 
 
-def test_a_tower_changed_by_lot_is_refused_or_a_tower(made):
+def test_random_two_tower_edits_are_rejected_or_valid(saved_model):
     history = generate_history(200)
     data = to_bytes(TwoTower(build_vocabulary(history.articles), TwoTowerSettings(width=16)))
-    draw, refused = random.Random(0), 0
+    rng, n_rejected = random.Random(0), 0
     for _ in range(300):
-        bad = bytearray(data)
+        edited = bytearray(data)
         for _ in range(3):
-            bad[draw.randrange(8 + int.from_bytes(data[:8], "little"))] = draw.randrange(32, 127)
+            edited[rng.randrange(8 + int.from_bytes(data[:8], "little"))] = rng.randrange(32, 127)
         try:
-            assert read_encoder(bytes(bad)).output.shape == (32, 16)
+            assert read_encoder(bytes(edited)).output.shape == (32, 16)
         except ValueError:
-            refused += 1
-    assert refused > 100
+            n_rejected += 1
+    assert n_rejected > 100
     with pytest.raises(ValueError, match="the tower is 16 wide"):
         EmbeddingSpace(np.zeros((5, 64), np.int8), read_encoder(data))
 
 
-def state_with(made, name: str, value: np.ndarray) -> None:
-    """Load the state with another array, as if it had been saved so."""
-    lake, bundle, state = made
-    folder = lake.path(*SNAPSHOTS_FOLDER, "v1", state)
-    kept = {file: (folder / file).read_bytes() for file in (ARRAYS_FILE, "snapshot.json")}
+def load_with_array(saved_model, name: str, value: np.ndarray) -> None:
+    """Load the snapshot with one array replaced, and its checksum updated."""
+    lake, bundle, snapshot = saved_model
+    folder = lake.path(*SNAPSHOTS_FOLDER, "v1", snapshot)
+    original_files = {file: (folder / file).read_bytes() for file in (ARRAYS_FILE, "snapshot.json")}
     arrays = {key: np.array(array) for key, array in map_arrays(folder / ARRAYS_FILE).items()}
     try:
         save_file(arrays | {name: value}, folder / ARRAYS_FILE)
-        about = json.loads(kept["snapshot.json"])
-        about["files"][ARRAYS_FILE] = hashlib.sha256(
-            (folder / ARRAYS_FILE).read_bytes()
-        ).hexdigest()
-        (folder / "snapshot.json").write_text(json.dumps(about))
-        load_snapshot(lake, bundle, state)
+        info = json.loads(original_files["snapshot.json"])
+        info["files"][ARRAYS_FILE] = hashlib.sha256((folder / ARRAYS_FILE).read_bytes()).hexdigest()
+        (folder / "snapshot.json").write_text(json.dumps(info))
+        load_snapshot(lake, bundle, snapshot)
     finally:
-        for file, content in kept.items():
+        for file, content in original_files.items():
             (folder / file).write_bytes(content)
 
 
-def arrays_of(made) -> dict[str, np.ndarray]:
-    return map_arrays(made[0].path(*SNAPSHOTS_FOLDER, "v1", made[2], ARRAYS_FILE))
+def read_arrays(saved_model) -> dict[str, np.ndarray]:
+    return map_arrays(saved_model[0].path(*SNAPSHOTS_FOLDER, "v1", saved_model[2], ARRAYS_FILE))
 
 
-def test_arrays_of_other_kinds_and_sizes_are_refused(made):
-    arrays = arrays_of(made)
+def test_snapshot_arrays_of_wrong_type_or_size_are_rejected(saved_model):
+    arrays = read_arrays(saved_model)
     assert LAYOUT.keys() <= arrays.keys()
-    tables = [
+    list_arrays = [
         name for name in arrays if name.rsplit(".", 1)[1] in ("start", "indptr", "indices", "data")
     ]
-    kinds = {np.dtype("f4"): "f8", np.dtype("f8"): "f4"}
-    for name in [*LAYOUT, *tables]:
+    other_types = {np.dtype("f4"): "f8", np.dtype("f8"): "f4"}
+    for name in [*LAYOUT, *list_arrays]:
         value = np.array(arrays[name])
         with pytest.raises(SnapshotError):
-            state_with(made, name, value.astype(kinds.get(value.dtype, "i2")))
-        if value.size and name != "index.new_arrivals":  # of which there may be any number
+            load_with_array(saved_model, name, value.astype(other_types.get(value.dtype, "i2")))
+        if value.size and name != "index.new_arrivals":  # of any length
             with pytest.raises(SnapshotError):
-                state_with(made, name, value[1:].copy())
+                load_with_array(saved_model, name, value[1:].copy())
 
 
-def test_numbers_beyond_are_refused(made):
-    arrays, at_least = arrays_of(made), 0
+def test_snapshot_indices_out_of_range_are_rejected(saved_model):
+    arrays, n_rejected = read_arrays(saved_model), 0
     for name, array in arrays.items():
         if array.dtype.kind == "i" and array.size and name != "customers.customer":
             for value in (np.iinfo(array.dtype).max, np.iinfo(array.dtype).min):
-                bad = np.array(array)
-                bad.flat[bad.size // 2] = value
+                edited = np.array(array)
+                edited.flat[edited.size // 2] = value
                 try:
-                    state_with(made, name, bad)
+                    load_with_array(saved_model, name, edited)
                 except SnapshotError:
-                    at_least += 1
-    # ago, units, channel, vectors are no indices; all else is
-    assert at_least > 2 * 28
+                    n_rejected += 1
+    # days_ago, units, channel and vectors are no indices; all other integers are
+    assert n_rejected > 2 * 28
 
 
-def test_another_day_of_the_same_model_is_no_mix(made):
-    lake, bundle, state = made
+def test_snapshot_of_another_version_is_rejected(saved_model):
+    lake, bundle, snapshot = saved_model
     with pytest.raises(SnapshotError, match="never completely written"):
-        load_snapshot(lake, replace(bundle, version="v2"), state)
+        load_snapshot(lake, replace(bundle, version="v2"), snapshot)

@@ -1,4 +1,4 @@
-"""The checks of a delivery find a fault that is planted, each its own; without it they pass."""
+"""Each delivery check passes on the repository and fails on a planted fault."""
 
 import shutil
 import subprocess
@@ -11,9 +11,9 @@ from deploy.check import BIN_FOLDER, CHECKS, ROOT, main, run_check
 pytestmark = pytest.mark.skipif(
     not BIN_FOLDER.is_dir(), reason="make check-delivery installs the tools"
 )
-TOKEN = "AKIA" + "QYLPMN5HHHFPZAM2"  # made up; in two parts, or the check would find it here
+TOKEN = "AKIA" + "QYLPMN5HHHFPZAM2"  # invented; split to hide it from the secrets check
 
-# check: file, what is replaced (empty: the end), by what, a word that the finding has
+# check: file, text to replace (empty: append), replacement, word in the finding
 FAULTS = {
     "schema": (".github/workflows/ci.yml", "timeout-minutes: 5", "timeout-minuts: 5", "minuts"),
     "actionlint": (
@@ -77,30 +77,30 @@ FAULTS = {
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A checkout with all that is checked."""
+    """A checkout with every file that is checked."""
     command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others"]
-    listed = subprocess.run(
+    file_names = subprocess.run(
         [*command, "--exclude-standard"], check=True, capture_output=True, text=True
     ).stdout.split("\0")
-    for name in (name for name in listed if (ROOT / name).is_file()):
+    for name in (name for name in file_names if (ROOT / name).is_file()):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
     return tmp_path
 
 
-def test_each_check_has_a_fault():
+def test_each_check_has_fault_case():
     assert FAULTS.keys() == CHECKS.keys()
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_a_planted_fault_is_found(checkout: Path, name: str, capsys):
-    before = run_check(name, checkout)
-    assert before.returncode == 0, before.stdout + before.stderr
-    file, old, new, word = FAULTS[name]
+def test_check_with_planted_fault_fails(checkout: Path, name: str, capsys):
+    clean_result = run_check(name, checkout)
+    assert clean_result.returncode == 0, clean_result.stdout + clean_result.stderr
+    file, old, new, expected = FAULTS[name]
     text = (checkout / file).read_text()
     assert old in text
     (checkout / file).write_text(text.replace(old, new, 1) if old else text + new)
     assert main([name, "--root", str(checkout)]) == 1
-    told = capsys.readouterr().out
-    assert "FAILED" in told and word in told
+    output = capsys.readouterr().out
+    assert "FAILED" in output and expected in output
