@@ -177,8 +177,8 @@ def run_bench(customers: int, folder: Path) -> None:
         print_cost(f"the same features in {name}", cost)
     process_cost = costs["process"]
     notes = [
-        f"{process_cost.seconds / cost.seconds:.2f} x the time and {process_cost.peak_mb / cost.peak_mb:.2f} x"
-        f" the memory of {name}"
+        f"{process_cost.seconds / cost.seconds:.2f} x the time and "
+        f"{process_cost.peak_mb / cost.peak_mb:.2f} x the memory of {name}"
         for name, cost in external.items()
     ]
     print_cost("process", process_cost, *notes, "(goals 1.5 x DuckDB's time, 0.5 x pandas' both)")

@@ -150,7 +150,8 @@ def print_report(
     for name, interval in sorted(intervals.items(), key=lambda pair: pair[1].mean):
         count, share = hits[name]
         print(
-            f"{name:<34}{interval.mean:>8.4f}  {interval.low:.4f} .. {interval.high:.4f}  {count:>7,}{share:>12.1%}"
+            f"{name:<34}{interval.mean:>8.4f}  "
+            f"{interval.low:.4f} .. {interval.high:.4f}  {count:>7,}{share:>12.1%}"
         )
     best = max(
         (name for name in intervals if name != RANKER), key=lambda name: intervals[name].mean
@@ -184,7 +185,8 @@ def main() -> None:
         plan = BacktestPlan(history.day, evaluation_weeks=options.weeks, refit_every=options.refit)
         result = evaluate_own(lake, history, plan, options.minutes, options.examples)
         print(
-            f"{result.plan}\nbudget {result.source_recall.budget}, recall {result.candidate_recall:.3f}"
+            f"{result.plan}\nbudget {result.source_recall.budget}, "
+            f"recall {result.candidate_recall:.3f}"
         )
         print(
             f"ours: {time.monotonic() - started:.0f} s, peak {get_peak_mb() / 1000:.1f} GB",

@@ -1,6 +1,6 @@
 """Cost of single units of work, sized as at 1, 10 and 100 times H&M.
 
-    python bench/scale.py                            with a synthetic data set of H&M's size: ten minutes
+    python bench/scale.py                            synthetic data of H&M's size: ten minutes
     python bench/scale.py --customers 137198         a tenth of it: a quick look
 
 More data mean more units, not larger ones; but what each unit needs besides its own rows grows

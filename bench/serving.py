@@ -297,7 +297,8 @@ def run_bench(lake: Lake, seconds: int) -> None:
     print(f"\n100 customers at once take as long as one: {formatted}")
     unique_gb, total_gb = memory.uss / 1e9, memory.rss / 1e9
     print(
-        f"up after {start_seconds:.1f} s; {unique_gb:.2f} GB unique, {total_gb:.2f} GB with mapped files"
+        f"up after {start_seconds:.1f} s; {unique_gb:.2f} GB unique, "
+        f"{total_gb:.2f} GB with mapped files"
     )
 
 

@@ -107,7 +107,8 @@ def main() -> None:
     examples = options.steps * trainer.model.settings.batch_size / seconds
     speed, parts = measure_bandwidth(options.device), compute_min_bytes(trainer, index)
     print(
-        f"{options.device}: {len(trainer.interactions.article):,} purchases, batches of {len(index):,}"
+        f"{options.device}: {len(trainer.interactions.article):,} purchases, "
+        f"batches of {len(index):,}"
     )
     print(
         f"loss of the first and last steps: {np.mean(losses[:5]):.2f}, {np.mean(losses[-5:]):.2f}"

@@ -138,7 +138,8 @@ def build_tables_page() -> str:
         columns = scan(lake, name).collect_schema()
         rows = [{"column": f"`{column}`", "type": f"`{kind}`"} for column, kind in columns.items()]
         parts.append(
-            f"## {name}\n\nWritten by {get_owner(name) or 'the runner'}.\n\n{to_markdown_table(rows)}"
+            f"## {name}\n\nWritten by {get_owner(name) or 'the runner'}.\n\n"
+            f"{to_markdown_table(rows)}"
         )
     return "\n\n".join(parts)
 

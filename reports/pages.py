@@ -112,7 +112,8 @@ def add_banner(notebook: "NotebookNode", stage_run: StageRun) -> None:
         del notebook.cells[0]  # papermill's, which knows nothing of the process
     running = [c.metadata.get("papermill", {}).get("status") != "completed" for c in notebook.cells]
     location = f" In cell {running.index(True) + 1} of {len(running)}." if True in running else ""
-    text = f"**This stage did not succeed: {stage_run.state}.**{location}\n\n```text\n{stage_run.error}\n```"
+    text = f"**This stage did not succeed: {stage_run.state}.**{location}"
+    text += f"\n\n```text\n{stage_run.error}\n```"
     banner = new_markdown_cell(text, id="banner", metadata={"tags": [BANNER_TAG]})
     notebook.cells.insert(0, banner)
 
