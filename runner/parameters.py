@@ -314,7 +314,9 @@ def _format_error(stage: str, model: type[BaseModel], error: Any) -> str:
         return f"{name} ({stage}): no such parameter{_suggest(name, {*model.model_fields})}"
     if len(error["loc"]) > 1 and accepts_collection(field.annotation):
         path = ".".join(map(str, error["loc"]))
-        return f"{path} ({stage}): {error['msg']}, found {value!r:.80}"
+        label = f" {value['name']!r}" if isinstance(value, Mapping) and "name" in value else ""
+        message = error["msg"].removeprefix("Value error, ")
+        return f"{path}{label} ({stage}): {message}, found {value!r:.80}"
     choices = [c for c in get_args(field.annotation) if isinstance(c, str)]
     hint = _suggest(str(value), choices) or f" ({error['msg']})"
     expected = format_type(field.annotation, field.metadata)

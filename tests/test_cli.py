@@ -96,7 +96,7 @@ def test_ingest_due_reads_due_sources_only(synthetic_files, tmp_path):
     code, output = ingest(source | {"schedule": "0 0 1 1 *"}, yearly_source)  # never read before
     assert code == 1 and "nowhere: no such folder or file" in output
     code, output = ingest(source | {"schedule": "every day"})
-    assert code == 1 and "source shop" in output
+    assert code == 1 and "sources.0 'shop'" in output
 
 
 @pytest.mark.parametrize("args", [["run"], ["plan"], ["runs"], ["lake"], ["models"]])

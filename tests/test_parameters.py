@@ -210,7 +210,11 @@ def test_params_command_prints_table():
     cli_runner = CliRunner()
     rows = json.loads(cli_runner.invoke(app, ["params", "training", "--json"]).output)
     weeks = next(row for row in rows if row["parameter"] == "evaluation_weeks")
-    assert (weeks["type"], weeks["default"], weeks["in a run"]) == ("int", "2", "4")
+    assert (weeks["type"], weeks["default"], weeks["in a run"]) == (
+        "int, above 0",
+        "2",
+        "4",
+    )
     assert "judged" in weeks["meaning"]
     assert "learning_rate" in cli_runner.invoke(app, ["params", "training"]).output
     assert "HM_TEST_ARTICLE" not in os.environ
@@ -220,3 +224,53 @@ def test_upstream_includes_all_ancestors():
     stages = load_pipeline()
     assert list_upstream(stages, ["training"]) == ["ingestion", "processing", "training"]
     assert list_upstream(stages, ["eda", "ingestion"]) == ["ingestion", "processing", "eda"]
+
+
+STAGES = {stage.name: stage for stage in load_pipeline().values()}
+
+
+@pytest.mark.parametrize(
+    ("stage", "assignment", "message"),
+    [
+        ("training", "evaluation_weeks=0", "expected int, above 0, found '0'"),
+        ("training", "refit_every=0", "expected int, above 0"),
+        ("training", "horizon_days=0", "expected int, above 0"),
+        ("training", "seed=-1", "expected int, at least 0"),
+        ("training", "learning_rate=0", "expected float, above 0, at most 1"),
+        ("training", "objective=lambdarnk", "did you mean 'lambdarank'?"),
+        ("training", "as_of=yesterday", "expected date or None, found 'yesterday'"),
+        ("inference", "as_of=", "expected date or None"),
+        ("inference", "shards=0", "expected int, above 0"),
+        ("processing", "shards=-1", "expected int, above 0"),
+        ("ingestion", "max_quarantined_share=5", "expected float, at least 0, at most 1"),
+        ("ingestion", "customers=0", "expected int, above 0"),
+        ("ingestion", 'sources=[{"url": "x"}]', "sources.0.uri (ingestion): Field required"),
+        (
+            "ingestion",
+            'sources=[{"uri": "x", "name": "shop", "schedule": "0 25 * * *"}]',
+            "sources.0 'shop' (ingestion): schedule '0 25 * * *'",
+        ),
+        ("ingestion", 'sources=[{"uri": "x"}, {"uri": "x"}]', "x declared twice"),
+    ],
+)
+def test_value_out_of_bounds_is_refused(stage, assignment, message):
+    with pytest.raises(ParameterError) as error:
+        resolve([STAGES[stage]], ("-p", parse_assignments([assignment])))
+    assert message in str(error.value)
+
+
+def test_valid_date_and_sources_are_plain_json():
+    values = {"as_of": "2020-09-16", "sources": '[{"uri": "shop", "columns": {"a": "b"}}]'}
+    resolved = resolve([STAGES["training"], STAGES["ingestion"]], ("-p", values))
+    assert resolved["training"].values["as_of"] == "2020-09-16"
+    assert resolved["ingestion"].values["sources"] == [{"uri": "shop", "columns": {"a": "b"}}]
+    assert resolve([STAGES["training"]])["training"].values["as_of"] is None
+
+
+def test_name_or_key_given_twice_is_refused(tmp_path):
+    with pytest.raises(ParameterError, match="-p seed: given 2 times"):
+        parse_assignments(["seed=1", "seed=2"])
+    path = tmp_path / "twice.yaml"
+    path.write_text("training:\n  seed: 1\n  seed: 2\n")
+    with pytest.raises(ParameterError, match="the key 'seed' stands twice"):
+        read_parameter_file(path)

@@ -158,12 +158,9 @@ def ingest(
         sources = parse_sources(job.parameters.values["sources"])
         names = select_due_sources(sources, get_last_loaded_at(read_loads(target))) if due else []
         if names or not due:
+            due_sources = [f"only_sources={json.dumps(names)}"] if due else []
             stage_jobs = _build_jobs(
-                ["ingestion"],
-                None,
-                [*assignments, f"only_sources={json.dumps(names)}"],
-                params,
-                run_id,
+                ["ingestion"], None, [*assignments, *due_sources], params, run_id
             )
             display = RunDisplay(console, verbose, as_json)
             try:
