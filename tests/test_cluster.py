@@ -378,8 +378,8 @@ def test_ray_full_object_store_is_reported():
     command = [sys.executable, "-c", FULL_STORE_SCRIPT]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert result.returncode == 0, result.stderr
-    assert "what all tasks need does not fit into the cluster: Local disk is full" in result.stdout
-    assert "a task's result found no place: Local disk is full" in result.stdout
+    assert "the tasks' data do not fit into the object store: Local disk is full" in result.stdout
+    assert "a task's result does not fit into the object store: Local disk is full" in result.stdout
 
 
 def test_ray_results_larger_than_object_store_spill(cluster):

@@ -104,7 +104,7 @@ def build_small_two_tower(history):
 def test_two_tower_trained_on_target_week_is_rejected(history):
     two_tower = build_small_two_tower(history)
     fit_until(two_tower, history)
-    with pytest.raises(ValueError, match="the tower has learned until"):
+    with pytest.raises(ValueError, match="two-tower model was trained until"):
         two_tower.build_space(as_of(history, history.day - WEEK))
 
 

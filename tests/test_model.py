@@ -117,12 +117,12 @@ def test_model_of_other_features_is_rejected(week):
 
 
 def test_training_without_positives_raises(week):
-    with pytest.raises(ValueError, match="nothing to learn"):
+    with pytest.raises(ValueError, match="there are no positives"):
         train([replace(week, label=week.label * 0)])
 
 
 def test_backtest_plan_longer_than_history_is_rejected(history):
-    with pytest.raises(ValueError, match=r"100 \+ 0 \+ 30 weeks are asked for"):
+    with pytest.raises(ValueError, match=r"the plan needs 100 \+ 0 \+ 30 weeks"):
         evaluate(history, BacktestPlan(history.day, evaluation_weeks=100, training_weeks=30))
 
 

@@ -81,7 +81,7 @@ def test_promotion_of_newer_model_requires_no_loss(lake: Lake):
     with pytest.raises(PromotionError, match="is worse than the champion new"):
         promote(lake, "late")
     register_candidate(lake, "apart", 0.004, as_of="2020-10-07", first_day=23)
-    with pytest.raises(PromotionError, match="shares no judged customer-week"):
+    with pytest.raises(PromotionError, match="shares no evaluated customer-week"):
         promote(lake, "apart")
 
 

@@ -65,7 +65,7 @@ def test_two_tower_depends_on_seed(history, model):
 
 
 def test_two_tower_from_invalid_bytes_raises():
-    with pytest.raises(ValueError, match="no tower"):
+    with pytest.raises(ValueError, match="not a two-tower model"):
         from_bytes(b"\x10\0\0\0\0\0\0\0" + b"{}".ljust(16))
 
 

@@ -61,17 +61,17 @@ def test_valid_model_and_snapshot_are_loaded(saved_model):
 @pytest.mark.parametrize(
     ("pattern", "replacement", "message"),
     [
-        (r"split_feature=\d+", "split_feature=9999", "a feature beyond"),
-        (r"left_child=-?\d+", "left_child=0", "its nodes are no tree"),
-        (r"right_child=\S+ ", "right_child=", "columns of another length"),
+        (r"split_feature=\d+", "split_feature=9999", "a feature is not in"),
+        (r"left_child=-?\d+", "left_child=0", "the nodes do not form a tree"),
+        (r"right_child=\S+ ", "right_child=", "columns do not have"),
         (r"num_leaves=\d+", "num_leaves=2000000000", "leaves; 1 to 64"),
-        (r"leaf_value=\S+ ", "leaf_value=", "leaf values"),
-        (r"tree_sizes=\d", "tree_sizes=9", "does not begin where it should"),
-        (r"max_feature_idx=\d+", "max_feature_idx=5", "6 features"),
-        (r"decision_type=\d+", "decision_type=1", "other than by a threshold"),
-        (r"num_class=1", "num_class=100", "classes and trees"),
+        (r"leaf_value=\S+ ", "leaf_value=", "`leaf_value` does not have"),
+        (r"tree_sizes=\d", "tree_sizes=9", "does not begin at the offset"),
+        (r"max_feature_idx=\d+", "max_feature_idx=5", "its 6 features"),
+        (r"decision_type=\d+", "decision_type=1", "a decision is not by a threshold"),
+        (r"num_class=1", "num_class=100", "num_class and num_tree"),
         (r"tree_sizes=", "tree_seizes=", "no 'tree_sizes'"),
-        (r"threshold=(\S+)", "threshold=\\1 ü", "columns of another length"),
+        (r"threshold=(\S+)", "threshold=\\1 ü", "columns do not have"),
     ],
 )
 def test_bundle_with_invalid_trees_is_rejected(
@@ -137,9 +137,11 @@ def test_two_tower_larger_than_weights_is_rejected(saved_model):
     assert from_bytes(data).settings.width == 16
     larger = data.replace(b'\\"width\\": 16', b'\\"width\\": 64')
     assert larger != data
-    with pytest.raises(ValueError, match="weights of other sizes"):
+    with pytest.raises(ValueError, match="do not have the sizes"):
         from_bytes(larger)
-    with pytest.raises(ValueError, match=r"no tower: gap\.weight is \(12, 16\), not \(12, 64\)"):
+    with pytest.raises(
+        ValueError, match=r"not a two-tower model: gap\.weight is \(12, 16\), not \(12, 64\)"
+    ):
         read_encoder(larger)
 
 
@@ -156,7 +158,7 @@ def test_random_two_tower_edits_are_rejected_or_valid(saved_model):
         except ValueError:
             n_rejected += 1
     assert n_rejected > 100
-    with pytest.raises(ValueError, match="the tower is 16 wide"):
+    with pytest.raises(ValueError, match="the encoder has width 16"):
         EmbeddingSpace(np.zeros((5, 64), np.int8), read_encoder(data))
 
 
