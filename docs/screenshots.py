@@ -62,7 +62,7 @@ def main(lake: str) -> None:
         (
             "training",
             f"{report_path}/training.html",
-            "#For-whom",
+            "#By-segment",
             880,
             "A training's report: for whom",
         ),

@@ -258,7 +258,7 @@ def test_https_source_with_token_downloads_once(lake, expected, https, monkeypat
     assert_raw_equal(lake, expected)
     assert handler.sent == 3
     assert {load.state for load in ingest(lake, sources)} == {"unchanged"}
-    assert handler.sent == 3  # the server said that nothing had changed
+    assert handler.sent == 3  # the server reported no change
 
 
 def get_state_by_file(loads) -> dict[str, str]:
