@@ -103,11 +103,10 @@ def main() -> None:
         ("the run store", median(recorded_seconds)),
     ):
         share = 100 * (seconds - function_seconds) / LONG_STAGE_SECONDS
-        overhead = f"overhead {seconds - function_seconds:.2f} s, {share:.1f} % of {LONG_STAGE_SECONDS:.0f} s"
-        print(f"  {name:<34} {seconds:6.2f} s   {overhead}")
-    print(
-        f"  papermill alone, start to end      {papermill_seconds:6.2f} s   hm is {median_seconds['command'] / papermill_seconds:.2f} x"
-    )
+        overhead = f"overhead {seconds - function_seconds:.2f} s, {share:.1f} % of"
+        print(f"  {name:<34} {seconds:6.2f} s   {overhead} {LONG_STAGE_SECONDS:.0f} s")
+    ratio = median_seconds["command"] / papermill_seconds
+    print(f"  papermill alone, start to end      {papermill_seconds:6.2f} s   hm is {ratio:.2f} x")
     print(f"hm run of three, nothing changed     {median_seconds['unchanged']:6.2f} s")
 
 

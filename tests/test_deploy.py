@@ -186,7 +186,8 @@ def test_failed_detection_exits_without_list(capsys):
 
 def test_detection_runs_without_dependencies(tmp_path):
     command = [sys.executable, "-S", "-I", "-c"]
-    code = f"import sys; sys.path.insert(0, {str(Path.cwd())!r}); from deploy.changed_components import main"
+    code = f"import sys; sys.path.insert(0, {str(Path.cwd())!r}); "
+    code += "from deploy.changed_components import main"
     args = ["--base", NO_BASE]
     result = subprocess.run(
         [*command, f"{code}; sys.exit(main({args!r}))"], capture_output=True, text=True, check=True
