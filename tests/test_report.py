@@ -97,7 +97,7 @@ def test_ranker_without_significant_improvement_is_error(result, comparison):
     worse = replace_ranker_ap(result, pl.lit(0.0))
     section = comparison_section(worse, compare_with_baselines(worse.scores), "stays a candidate")
     assert [alert.level for alert in section.alerts] == ["error"]
-    assert "leads in 0 of 2 weeks" in " ".join(section.findings)
+    assert "is better in 0 of 2 weeks" in " ".join(section.findings)
 
 
 def test_worse_segment_is_error_despite_better_mean(result, comparison):
@@ -155,7 +155,7 @@ def test_calibration_section_reports_scores_out_of_order(result):
         return replace(result, calibration=pl.DataFrame(table | {"purchases": purchases}))
 
     calibrated = calibration_section(with_calibration([100, 50, 10]))
-    assert not calibrated.alerts and "3.4 times the chance" in calibrated.findings[1]
+    assert not calibrated.alerts and "3.4 times the probability" in calibrated.findings[1]
     assert calibration_section(with_calibration([10, 50, 100])).alerts
     ranked = replace(result, settings=replace(result.settings, objective="lambdarank"))
     assert "no chances" in calibration_section(ranked).findings[1]
