@@ -199,4 +199,4 @@ def test_eda_command_fails_on_alert_level():
     invalid_result = CliRunner().invoke(
         app, ["eda", "--lake", lake.root, "--fail-on", "everything"]
     )
-    assert invalid_result.exit_code == 1 and "expected notice or alarm" in invalid_result.output
+    assert invalid_result.exit_code == 1 and "expected warning or error" in invalid_result.output
