@@ -61,7 +61,7 @@ def test_page_by_keyboard_opens_session(url, page, trained_lake):
         page.get_by_text("This session", exact=True).is_visible()
         and list_article_titles(page) != titles
     )
-    page.get_by_text("start anew").click()
+    page.get_by_text("new session").click()
     page.wait_for_url(lambda address: "seen=" not in address)
     assert list_article_titles(page) == titles
 

@@ -476,7 +476,7 @@ def test_full_queue_and_timeout_return_503(trained_lake, monkeypatch):
         release.set()
     assert {response.status_code for response in responses} == {503}
     details = {response.json()["detail"] for response in responses}
-    assert details == {"1 requests wait already", "not in 0.3 s"}
+    assert details == {"1 requests are waiting", "no response within 0.3 s"}
     assert all(response.headers["retry-after"] for response in responses)
 
 
@@ -571,7 +571,7 @@ def test_shadow_compares_challenger_in_background(two_models, monkeypatch):
     ]
     assert not any(id_ in str(rows.to_dicts()) for id_ in ids)
     page = lake.path("reports", "shadow.html").read_text()
-    assert f"hm promote {challenger}" in page and "of strangers <b>33 %" in page
+    assert f"hm promote {challenger}" in page and "of unknown customers <b>33 %" in page
 
 
 def test_shadow_with_backlog_drops_requests(two_models, monkeypatch):
