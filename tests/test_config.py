@@ -81,7 +81,7 @@ def test_s3_prefix_settings_rename_lake_folders(s3, project_folder, monkeypatch)
     assert open_lake(project_folder / "lake").prefixes == {}  # no overrides on a local folder
     for name in ("raw", "reports"):
         monkeypatch.setenv("S3_ARTIFACTS_PREFIX", name)
-        with pytest.raises(ValueError, match="each folder needs a name of its own"):
+        with pytest.raises(ValueError, match="each folder needs a unique name"):
             open_lake(f"{s3}/renamed")
     monkeypatch.setenv("S3_ARTIFACTS_PREFIX", "../up")
     with pytest.raises(ValueError, match="s3_artifacts_prefix"):

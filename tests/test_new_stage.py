@@ -132,9 +132,9 @@ def test_overlay_without_new_image_is_reported(clone: Path):
     ("name", "message"),
     [
         ("training", "it is taken"),
-        ("Price-Watch", "expected small letters"),
-        ("class", "expected small letters"),
-        ("../x", "expected small letters"),
+        ("Price-Watch", "expected lower-case letters"),
+        ("class", "expected lower-case letters"),
+        ("../x", "expected lower-case letters"),
     ],
 )
 def test_invalid_stage_name_is_rejected(clone: Path, name: str, message: str):

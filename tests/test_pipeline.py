@@ -248,7 +248,7 @@ def test_reproduce_gives_same_metrics_from_recorded_tables(folder_lake, syntheti
     assert missing_run.exit_code == 1 and "no such run" in missing_run.output
     args = ["--lake", folder_lake.root, "--into", folder_lake.root]
     occupied_target = run_hm("reproduce", run_id, *args)
-    assert occupied_target.exit_code == 1 and "expected nothing there" in " ".join(
+    assert occupied_target.exit_code == 1 and "expected an empty folder" in " ".join(
         occupied_target.output.split()
     )
     assert not folder_lake.path("runs", "branch.json").exists()

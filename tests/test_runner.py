@@ -153,7 +153,7 @@ def test_named_run_continues_in_next_process(tmp_path, lake: Lake):
     assert lake.path("runs", "night-1", "run.json").read_text() == run_record
     assert validate_run_id("night-1") == "night-1"
     for name in ("../up", "Night", "", "a" * 64, "-x"):
-        with pytest.raises(ValueError, match="expected small letters"):
+        with pytest.raises(ValueError, match="expected lower-case letters"):
             validate_run_id(name)
 
 

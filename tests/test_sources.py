@@ -437,7 +437,7 @@ def test_password_in_source_uri_is_rejected_and_not_shown():
     uris = ["postgresql://me:hunter2@db/shop"]  # pragma: allowlist secret
     uris.append("https://me:hunter2@shop/x.csv")  # pragma: allowlist secret
     for uri in uris:
-        with pytest.raises(ValueError, match="named by `secret`") as error:
+        with pytest.raises(ValueError, match="environment variable in `secret`") as error:
             parse_sources([{"uri": uri}])
         assert "hunter2" not in str(error.value)
     with pytest.raises(ValueError, match="declared twice"):
