@@ -84,15 +84,15 @@ def test_ingest_due_reads_due_sources_only(synthetic_files, tmp_path):
         result = cli_runner.invoke(app, args)
         return result.exit_code, result.output
 
-    assert ingest(source | {"schedule": ""}) == (0, "nothing is due of 1 sources\n")
+    assert ingest(source | {"schedule": ""}) == (0, "none of 1 sources is due\n")
     code, output = ingest(source)
     assert code == 0 and "ingestion   succeeded" in output
     states = [load.state for load in read_loads(open_lake(lake))]
     assert states == ["loaded"] * 3
-    assert ingest(source | {"schedule": "0 0 1 1 *"})[1].startswith("nothing is due")
+    assert ingest(source | {"schedule": "0 0 1 1 *"})[1].startswith("none of")
     with hold_leases(open_lake(lake), ["ingestion"]):  # another process holds the lease
         code, output = ingest(yearly_source)
-    assert code == 0 and "will be read the next time" in output
+    assert code == 0 and "the next call reads the due sources" in output
     code, output = ingest(source | {"schedule": "0 0 1 1 *"}, yearly_source)  # never read before
     assert code == 1 and "nowhere: no such folder or file" in output
     code, output = ingest(source | {"schedule": "every day"})
@@ -105,7 +105,7 @@ def test_missing_bucket_is_reported(s3, args):
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
     assert (
         "error S3: " in result.output
-        and "bucket does not exist; expected a bucket" in result.output
+        and "bucket does not exist; expected an existing bucket" in result.output
     )
 
 

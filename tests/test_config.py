@@ -91,7 +91,7 @@ def test_s3_prefix_settings_rename_lake_folders(s3, project_folder, monkeypatch)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "no JSON, line 1"),
+        ("{", "invalid JSON, line 1"),
         ('{"aws_regoin": "eu-north-1"}', "aws_regoin: Extra inputs are not permitted"),
         ('{"aws_region": 7}', "aws_region: Input should be a valid string"),
         ("[]", "all: "),

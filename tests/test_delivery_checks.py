@@ -57,7 +57,7 @@ FAULTS = {
         "deploy/pipeline/base/workflow.yaml",
         "{{workflow.parameters.training-seed}}",
         "{{workflow.parameters.training-sead}}",
-        "'workflow.parameters.training-sead' stands for nothing",
+        "'workflow.parameters.training-sead' is not defined",
     ),
     "checkov": (
         "deploy/api/base/deployment.yaml",
@@ -69,7 +69,7 @@ FAULTS = {
         ".github/workflows/ci.yml",
         'test "$DETECTION" = success',
         "true",
-        "detection failed, and the gate let it pass",
+        "the gate passed after a failed detection",
     ),
     "secrets": ("deploy/champion_summary.py", "", f'\nKEY = "{TOKEN}"\n', "AWS Access Key"),
 }

@@ -131,7 +131,7 @@ def test_overlay_without_new_image_is_reported(clone: Path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("training", "it is taken"),
+        ("training", "it exists already"),
         ("Price-Watch", "expected lower-case letters"),
         ("class", "expected lower-case letters"),
         ("../x", "expected lower-case letters"),

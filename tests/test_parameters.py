@@ -54,8 +54,8 @@ def test_parameters_cell_gives_names_types_defaults_and_help(tmp_path):
     ("cell", "message"),
     [
         ("weeks = 3", "expected `name: type = value`"),
-        ("weeks: Int = 3", "a type is made of str, int"),
-        ("weeks: int = 3 + len('x')", "a value is a literal"),
+        ("weeks: Int = 3", "use types from str, int"),
+        ("weeks: int = 3 + len('x')", "a value must be a literal"),
     ],
 )
 def test_invalid_parameters_cell_is_rejected(tmp_path, cell, message):
@@ -187,7 +187,7 @@ def test_invalid_parameter_file_is_rejected(tmp_path, content):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("stages: {a: {notebook: x, after: [b]}}", "'b' is in an `after`, but is no stage"),
+        ("stages: {a: {notebook: x, after: [b]}}", "'b' is in an `after`, but is not a stage"),
         ("stages: {a: {notebook: x, after: [a]}}", "a"),
         ("stages: {a: {notbook: x}}", "notbook"),
         ("stages: {a: {notebook: x, retries: 99}}", "retries"),
@@ -272,5 +272,5 @@ def test_name_or_key_given_twice_is_refused(tmp_path):
         parse_assignments(["seed=1", "seed=2"])
     path = tmp_path / "twice.yaml"
     path.write_text("training:\n  seed: 1\n  seed: 2\n")
-    with pytest.raises(ParameterError, match="the key 'seed' stands twice"):
+    with pytest.raises(ParameterError, match="duplicate key 'seed'"):
         read_parameter_file(path)

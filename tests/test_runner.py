@@ -313,7 +313,7 @@ def test_reproduce_uses_recorded_commit_when_code_differs(capsys):
         assert folder == root
     output = capsys.readouterr().out
     assert f"reproducing with commit {head}; it had uncommitted changes" in output
-    assert f"no commit {'0' * 40} here; reproducing with the present code" in output
+    assert f"commit {'0' * 40} not found; reproducing with the current code" in output
 
 
 def test_git_commit_from_image_or_unknown(tmp_path, monkeypatch):
