@@ -24,7 +24,7 @@ NAV: dict[str, str | dict[str, str]] = {
         "Keep the lake on S3": "docs/how-to/s3.md",
         "Run by itself": "docs/how-to/scheduling.md",
         "Tune the model": "docs/how-to/tuning.md",
-        "Promote, take back": "docs/how-to/promoting.md",
+        "Promote, roll back": "docs/how-to/promoting.md",
         "Serve": "docs/how-to/serving.md",
         "Add a stage": "docs/how-to/new-stage.md",
     },

@@ -103,7 +103,7 @@ def _iter_leaves(metrics: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def add_banner(notebook: "NotebookNode", stage_run: StageRun) -> None:
     """Say on top of a saved notebook that its stage did not succeed, and why.
 
-    Its cells do not tell: after a kill, the last one looks as if it had ended.
+    Its cells do not show it: after a kill, the last one looks as if it had ended.
     """
     from nbformat.v4 import new_markdown_cell
 

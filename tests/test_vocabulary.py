@@ -56,7 +56,7 @@ REPLACED_NAMES = set(
 GENDERED = r"\b(?:she|hers?|herself|he|his|him|himself)\b"
 DIALECT = re.compile(
     rf"{GENDERED}|\bbeside\b|\b(?:no|some|every|any)body\b|\bby lot\b|\bset aside\b|\baside\b"
-    r"|\btold\b|\btells?\b|\bsample world\b|\binvented shop\b|\bsimple methods?\b"
+    r"|\btold\b|\btells?\b(?!\()|\bsample world\b|\binvented shop\b|\bsimple methods?\b"
     r"|\bstrangers?\b|\bvouch\w*|\btakes? back\b|\btook back\b|\bledgers?\b|\bjudged?\b"
     r"|\bladder\b|\bexams?\b|\bcooled\b",
     re.IGNORECASE,

@@ -86,11 +86,8 @@ def compute_discounts(purchases: pl.LazyFrame) -> pl.DataFrame:
 def purchases_section(purchases: pl.LazyFrame) -> Section:
     """Build the section on purchases."""
     weeks, weekdays = sum_by_week(purchases), sum_by_weekday(purchases)
-    basket_sizes, discounts, peaks = (
-        compute_basket_sizes(purchases),
-        compute_discounts(purchases),
-        find_peaks(weeks),
-    )
+    basket_sizes, discounts = compute_basket_sizes(purchases), compute_discounts(purchases)
+    peaks = find_peaks(weeks)
     online = weeks.select(pl.col("online").sum() / pl.col("units").sum()).item()
     large_share = basket_sizes.filter(pl.col("units") >= 5).select(pl.col("share").sum()).item()
     busiest = weekdays.sort("share", descending=True).row(0)
