@@ -2,14 +2,14 @@
 #   stage    runs any stage:   docker run IMAGE run training -p evaluation_weeks=4
 #   api      the REST service: docker run -p 8080:8080 -e HM_LAKE=s3://bucket/lake IMAGE
 #   lab      JupyterLab on the notebooks
-#   cluster  any stage, on the machines of a Ray cluster: head and workers
-# Non-root, made for a read-only root file system with a writable /tmp (--read-only --tmpfs /tmp).
+#   cluster  any stage, on the head and workers of a Ray cluster
+# Non-root; works with a read-only root file system and a writable /tmp (--read-only --tmpfs /tmp).
 FROM docker.io/library/python:3.11-slim AS base
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
 RUN useradd --uid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin hm
 
-# What answering needs, in locked versions; without debug symbols, the libraries' own tests, and
-# what botocore knows of services other than storage and who one is.
+# The REST service's dependencies, in locked versions; without debug symbols, the libraries' tests,
+# and botocore's data on services other than S3 and STS.
 FROM base AS api-deps
 WORKDIR /src
 # hadolint ignore=DL3008
@@ -27,15 +27,15 @@ RUN pip install -c requirements.lock . \
  && find /opt/venv/lib/python3*/site-packages/botocore/data -mindepth 1 -maxdepth 1 -type d \
       ! -name 's3*' ! -name 'sts' ! -name 'sso*' -exec rm -rf {} +
 
-# Of scipy, LightGBM takes sparse matrices and nothing else here does: without it 60 MB less.
+# Of scipy, only LightGBM's sparse matrices are used: removing the rest saves 60 MB.
 FROM api-deps AS slim
 RUN for part in stats optimize spatial io signal interpolate integrate ndimage cluster odr datasets; \
     do rm -rf "/opt/venv/lib/python3.11/site-packages/scipy/$part"; done \
  && python -c "import hm_reco.stages.inference, runner.cli"
 
-# What running stages needs besides. torch comes first, as the CPU build: PyPI's for Linux brings CUDA.
+# The further dependencies of stages. torch is installed first, as the CPU build: PyPI's has CUDA.
 FROM api-deps AS stage-deps
-# an index named in a requirements file comes beside those of pip's configuration, not in their place
+# an index in a requirements file is added to those of pip's configuration and does not replace them
 RUN printf '%s\n' '--extra-index-url https://download.pytorch.org/whl/cpu' torch > torch.txt \
  && pip install --retries 1 -c requirements.lock -r torch.txt \
  && python -c "import torch; assert torch.version.cuda is None, 'a CUDA build of torch'" \
@@ -44,8 +44,8 @@ RUN printf '%s\n' '--extra-index-url https://download.pytorch.org/whl/cpu' torch
  && rm -rf /opt/venv/lib/python3*/site-packages/torch/include \
       /opt/venv/lib/python3*/site-packages/torch/test
 
-# All stages and some questions once: what numba compiles on the way stays beside the library, and
-# an image in which something is missing is not built.
+# Run all stages and some requests once: numba's compiled code is cached next to the library, and
+# the build fails if a dependency is missing.
 FROM stage-deps AS warm
 COPY nbs/stages nbs/stages
 RUN python -c "from hm_reco.api.warm_up import main; main()"
@@ -81,7 +81,7 @@ EXPOSE 8888
 ENTRYPOINT ["entrypoint"]
 CMD ["jupyter", "lab", "--ip=0.0.0.0", "--no-browser", "--notebook-dir=nbs"]
 
-# KubeRay asks a node by wget whether it is well
+# KubeRay's health probes need wget
 FROM runtime AS cluster
 # hadolint ignore=DL3008
 RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends wget \

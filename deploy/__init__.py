@@ -1,1 +1,1 @@
-"""What the workflows call: names of images, what has changed, the GitOps repository."""
+"""Commands of the workflows: image tags, changed components, the GitOps repository, checks."""

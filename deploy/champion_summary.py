@@ -1,6 +1,6 @@
-"""One line on the model that serves, for a commit message: python -m deploy.champion_summary MODELS.json.
+"""Summarise the champion in one line for a commit message: deploy.champion_summary MODELS.json.
 
-The file is what `hm models --json` prints.
+The file has the output of `hm models --json`.
 """
 
 import json
@@ -11,13 +11,13 @@ from typing import Any
 
 
 def summarise_champion(models: Sequence[Mapping[str, Any]]) -> str:
-    """The champion in words; that there is none, where there is none."""
+    """Describe the champion, or report that there is none."""
     champion = next((model for model in models if model["state"].startswith("champion")), None)
     if champion is None:
-        return "no model serves yet"
+        return "no champion yet"
     return (
         f"model {champion['version']} ({champion['method']}), MAP@12 {champion['MAP@12']}, "
-        f"knows all before {champion['as of']}"
+        f"cut-off date {champion['as of']}"
     )
 
 

@@ -1,8 +1,8 @@
-"""Which components a change touches: python -m deploy.changed_components --base SHA [--head SHA].
+"""Detect components affected by a change: deploy.changed_components --base SHA [--head SHA].
 
-Prints a JSON list for a workflow's matrix. A component is a stage; it is touched by its notebook,
-by the modules that this needs (their notebooks, too), and by what all have in common. A file that
-nobody knows touches all: better an image too many than a stale one. Needs Python alone.
+Prints a JSON list for a workflow's matrix. A component is a stage. Its notebook, the modules that
+the notebook needs (and their notebooks) and common files affect it. An unknown file affects all
+components: an unnecessary image is better than a stale one. Needs only Python.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 from hm_reco.lake.fingerprint import fingerprint_notebook
 
 ROOT = Path(__file__).parents[1]
-NO_BASE = "0" * 40  # what GitHub names as the base of a new branch
+NO_BASE = "0" * 40  # GitHub's base commit of a new branch
 UNBUILT_PATHS = ("docs/", "tests/", "bench/", "nbs/explore/", ".github/", "deploy/", "config/")
 BUILT_PATHS = ("deploy/entrypoint.sh",)
 UNBUILT_FILES = re.compile(
@@ -27,17 +27,17 @@ EXPORT_DIRECTIVE = re.compile(r"^#\| default_exp ([\w.]+)$", re.MULTILINE)
 
 
 class DetectionError(RuntimeError):
-    """What has changed cannot be told."""
+    """The changed files cannot be determined."""
 
 
 def list_components(root: Path = ROOT) -> dict[str, Path]:
-    """Each stage and its notebook."""
+    """List each stage with its notebook."""
     paths = sorted((root / "nbs" / "stages").glob("[1-9]*.ipynb"))
     return {path.stem.partition("_")[2]: path for path in paths}
 
 
 def _find_module(path: str, root: Path) -> str | None:
-    """The module that a notebook exports, or that a file of the library is."""
+    """Return the module that a notebook exports or that a library file defines, or None."""
     if path.startswith("hm_reco/") and path.endswith(".py"):
         return path.removesuffix(".py").replace("/", ".")
     if path.startswith("nbs/") and (root / path).is_file():
@@ -49,7 +49,7 @@ def _find_module(path: str, root: Path) -> str | None:
 
 
 def find_affected(files: Iterable[str], root: Path = ROOT) -> list[str]:
-    """The components that changed files touch, in the pipeline's order."""
+    """Find the components affected by changed files, in the pipeline's order."""
     stages = list_components(root)
     dependencies = {
         name: {f"hm_reco.stages.{name}", *fingerprint_notebook(path)["library"]}
@@ -68,7 +68,7 @@ def find_affected(files: Iterable[str], root: Path = ROOT) -> list[str]:
 
 
 def list_changed_files(base: str, head: str, root: Path = ROOT) -> list[str] | None:
-    """Files that differ since the two parted; None: there is no base, so all count.
+    """List the files changed since the merge base; None without a base: all files count.
 
     Raises `DetectionError`.
     """
@@ -82,14 +82,14 @@ def list_changed_files(base: str, head: str, root: Path = ROOT) -> list[str] | N
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the touched components as JSON."""
+    """Print the affected components as JSON."""
     parser = argparse.ArgumentParser(
         prog="python -m deploy.changed_components", description=__doc__
     )
-    parser.add_argument("--base", required=True, help=f"commit before; {NO_BASE} or empty: none")
+    parser.add_argument("--base", required=True, help=f"base commit; {NO_BASE} or empty: none")
     parser.add_argument("--head", default="HEAD")
-    parser.add_argument("--only", help="this component, or none")
-    parser.add_argument("--without", help="all but this component")
+    parser.add_argument("--only", help="print only this component, if affected")
+    parser.add_argument("--without", help="omit this component")
     args = parser.parse_args(argv)
     try:
         files = list_changed_files(args.base, args.head)

@@ -1,6 +1,6 @@
-"""What a delivery must pass before it is tried: python -m deploy.check [NAME...].
+"""Check workflows, manifests, Dockerfile and code: python -m deploy.check [NAME...].
 
-Each check is a tool of the field; `make check-delivery` installs them and calls this.
+Each check runs a standard tool; `make check-delivery` installs the tools and runs all checks.
 """
 
 import argparse
@@ -20,18 +20,18 @@ def _list_workflows(root: Path) -> list[str]:
 
 
 def _build_schema_command(root: Path) -> list[str]:
-    """Workflows have the fields that GitHub knows."""
+    """Workflows match GitHub's schema."""
     tool = str(BIN_FOLDER / "check-jsonschema")
     return [tool, "--builtin-schema", "vendor.github-workflows", *_list_workflows(root)]
 
 
 def _build_actionlint_command(root: Path) -> list[str]:
-    """Expressions, needs and outputs of workflows fit together."""
+    """Expressions, needs and outputs of workflows are consistent."""
     return ["node", str(NODE_FOLDER / "actionlint.mjs"), *_list_workflows(root)]
 
 
 def _build_zizmor_command(root: Path) -> list[str]:
-    """Workflows give nothing away: permissions, injections, pinned actions."""
+    """Workflows are secure: permissions, injections, pinned actions."""
     settings = str(root / ".github" / "zizmor.yml")
     return [
         str(BIN_FOLDER / "zizmor"),
@@ -44,18 +44,18 @@ def _build_zizmor_command(root: Path) -> list[str]:
 
 
 def _build_hadolint_command(root: Path) -> list[str]:
-    """The Dockerfile keeps to what is known to be good."""
+    """The Dockerfile follows best practices."""
     return [str(BIN_FOLDER / "hadolint"), str(root / "Dockerfile")]
 
 
 def _build_bandit_command(root: Path) -> list[str]:
-    """No code that is known to be dangerous."""
+    """Code has no known security problem."""
     options = ["--quiet", "--recursive", "--severity-level", "medium"]
     return [str(BIN_FOLDER / "bandit"), *options, *(str(root / name) for name in CODE_FOLDERS)]
 
 
 def _build_secrets_command(root: Path) -> list[str]:
-    """No secret in any file."""
+    """Files contain no secret."""
     files = subprocess.run(
         ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         check=True,
@@ -68,37 +68,37 @@ def _build_secrets_command(root: Path) -> list[str]:
 
 
 def _build_kubernetes_command(root: Path) -> list[str]:
-    """Overlays render, and Kubernetes knows every kind and field."""
+    """Overlays render, and Kubernetes accepts every kind and field."""
     return _build_manifests_command("kubernetes", root)
 
 
 def _build_argo_command(root: Path) -> list[str]:
-    """Argo knows every field of its kinds."""
+    """Argo accepts every field of its kinds."""
     return _build_manifests_command("argo", root)
 
 
 def _build_ray_command(root: Path) -> list[str]:
-    """KubeRay knows every field of its kinds."""
+    """KubeRay accepts every field of its kinds."""
     return _build_manifests_command("ray", root)
 
 
 def _build_references_command(root: Path) -> list[str]:
-    """What workflows and clusters name is there."""
+    """References of workflows and clusters exist."""
     return _build_manifests_command("references", root)
 
 
 def _build_checkov_command(root: Path) -> list[str]:
-    """Manifests and image have nothing that is known to be unsafe."""
+    """Manifests and image have no known unsafe setting."""
     return _build_manifests_command("checkov", root)
 
 
 def _build_manifests_command(check: str, root: Path) -> list[str]:
-    # by the tools' own Python: one of them is a library
+    # run with the tools' Python, because one of the tools is a library
     return [str(BIN_FOLDER / "python"), "-m", "deploy.manifests", check, "--root", str(root)]
 
 
 def _build_act_command(root: Path) -> list[str]:
-    """ci.yml runs what a push touches, and its gate holds."""
+    """ci.yml runs the components affected by a push, and its gate blocks failures."""
     return [sys.executable, "-m", "deploy.ci_dry_run", "--root", str(root)]
 
 
@@ -125,7 +125,7 @@ def run_check(name: str, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the checks that are named, or all; 1 when one finds a fault."""
+    """Run the named checks, or all; returns 1 when a check fails."""
     parser = argparse.ArgumentParser(prog="python -m deploy.check", description=__doc__)
     parser.add_argument("names", nargs="*", choices=[*CHECKS, []], help="default: all")
     parser.add_argument("--root", type=Path, default=ROOT)

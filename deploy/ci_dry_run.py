@@ -1,8 +1,8 @@
-"""The workflow ci.yml, run here: python -m deploy.ci_dry_run [--root FOLDER].
+"""Dry run of the workflow ci.yml on this machine: python -m deploy.ci_dry_run [--root FOLDER].
 
-`act` runs its jobs as processes on this machine, in a clone in which the last commit changed
-nothing but an EDA notebook. Actions from elsewhere are stand-ins, and so is what `make` does: what
-is rehearsed is which jobs run, for which components, and what the gate makes of it.
+`act` runs its jobs as local processes, in a clone whose last commit changed only an EDA notebook.
+Stubs replace third-party actions and the commands of `make`: the dry run checks which jobs run,
+for which components, and whether the gate blocks failures.
 """
 
 import argparse
@@ -19,9 +19,9 @@ ROOT = Path(__file__).parents[1]
 ACT = ROOT / ".venv-delivery" / "bin" / "act"
 WORKFLOW = ".github/workflows/ci.yml"
 CHANGED_FILE = "nbs/reporting/06_baskets.ipynb"
-STUB_ACTION = """name: stand-in
-description: in place of an action from elsewhere
-runs: {using: composite, steps: [{run: echo stand-in, shell: bash}]}
+STUB_ACTION = """name: stub
+description: replaces a third-party action
+runs: {using: composite, steps: [{run: echo stub, shell: bash}]}
 """
 MAKEFILE = """docs test:
 \t@echo made $@
@@ -29,7 +29,7 @@ MAKEFILE = """docs test:
 \t@mkdir -p .venv/bin && printf '#!/bin/sh\\necho "$$@" >> %s\\n' '{ran}' > .venv/bin/hm
 \t@chmod +x .venv/bin/hm
 """
-GIT_IDENTITY = ("-c", "user.name=rehearsal", "-c", "user.email=rehearsal@localhost")
+GIT_IDENTITY = ("-c", "user.name=dry-run", "-c", "user.email=dry-run@localhost")
 
 
 def _git(folder: Path, *args: str) -> str:
@@ -38,7 +38,10 @@ def _git(folder: Path, *args: str) -> str:
 
 
 def prepare_clone(root: Path, folder: Path, command_log: Path) -> tuple[str, str]:
-    """A repository with two commits in `folder`; their names. `hm` notes its words in `command_log`."""
+    """Create a repository with two commits in `folder` and return their ids.
+
+    Its stub of `hm` appends its arguments to `command_log`.
+    """
     files = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
     for name in (name for name in files if (root / name).is_file()):
         target = folder / name
@@ -55,14 +58,14 @@ def prepare_clone(root: Path, folder: Path, command_log: Path) -> tuple[str, str
 
 
 def run_workflow(root: Path, base: str = "") -> tuple[bool, list[str], str]:
-    """Run the workflow for a push: whether all went well, the words of each `hm`, and act's log.
+    """Run the workflow for a push; returns success, the arguments of each `hm`, and act's log.
 
-    `base` is the commit before the push, by default the real one. The log lacks now and then what
-    a short step printed last, so nothing is concluded from that.
+    `base` is the commit before the push (default: the real one). The log sometimes lacks the last
+    output of a short step, so missing output proves nothing.
     """
-    with TemporaryDirectory(prefix="rehearsal-") as temporary:
+    with TemporaryDirectory(prefix="ci-dry-run-") as temporary:
         folder, stub, command_log = (
-            Path(temporary) / name for name in ("checkout", "stand-in", "ran")
+            Path(temporary) / name for name in ("checkout", "stub", "commands")
         )
         folder.mkdir()
         stub.mkdir()
@@ -93,20 +96,20 @@ def run_workflow(root: Path, base: str = "") -> tuple[bool, list[str], str]:
 
 
 def find_faults(root: Path) -> Iterator[str]:
-    """What goes otherwise than it should: for the push, and where detection fails."""
+    """Find faults in the runs for a push and for a failed detection."""
     passed, commands, log = run_workflow(root)
     if not passed or [command.split()[:3] for command in commands] != [
         ["run", "eda", "--upstream"]
     ]:
         state = "passed" if passed else "failed"
-        yield f"a push that touches eda: {state}, ran {commands}\n{log[-3000:]}"
+        yield f"a push that affects eda: {state}, ran {commands}\n{log[-3000:]}"
     _, _, log = run_workflow(root, base="1" * 40)
     if not all(re.search(rf"ci/{job}\b.*Job failed", log) for job in ("changed", "gate")):
-        yield f"detection failed, and the gate let it pass\n{log[-3000:]}"
+        yield f"the gate passed after a failed detection\n{log[-3000:]}"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Rehearse; 1 when something goes wrong."""
+    """Run the dry run; returns 1 when it finds a fault."""
     parser = argparse.ArgumentParser(prog="python -m deploy.ci_dry_run", description=__doc__)
     parser.add_argument("--root", type=Path, default=ROOT)
     faults = list(find_faults(parser.parse_args(argv).root))

@@ -1,8 +1,8 @@
-"""Tell the GitOps repository which image serves: python -m deploy.gitops set --help.
+"""Set the deployed image in the GitOps repository: python -m deploy.gitops set --help.
 
-Works on a fresh clone, commits, and pushes; when somebody else has pushed in between, it begins
-again on top of that. The token comes from GITOPS_REPO_TOKEN and never becomes part of a command
-line, a remote's address or a message.
+Works on a fresh clone, commits and pushes; after a concurrent push it starts again from the new
+commit. The token comes from GITOPS_REPO_TOKEN and never appears in a command line, a remote's URL
+or a message.
 """
 
 import argparse
@@ -29,13 +29,13 @@ Change = Callable[[Path], None]
 
 
 class GitOpsError(RuntimeError):
-    """The repository could not be told."""
+    """The GitOps repository could not be changed."""
 
 
 def set_image(kustomization: Path, name: str, image: str, digest: str, tag: str = "") -> None:
-    """Make a kustomization use `image@digest` where its base says `name`; all else stays.
+    """Make a kustomization replace the base's image `name` with `image@digest`.
 
-    `tag` is kept as a comment, for people. Raises `GitOpsError`.
+    `tag` becomes a comment for readers. Raises `GitOpsError`.
     """
     if not DIGEST_PATTERN.fullmatch(digest):
         raise GitOpsError(f"digest {digest!r}: expected sha256: and 64 hexadecimal digits")
@@ -47,7 +47,7 @@ def set_image(kustomization: Path, name: str, image: str, digest: str, tag: str 
     except FileNotFoundError as err:
         raise GitOpsError(f"no file {kustomization.name} at {kustomization.parent}") from err
     except YAMLError as err:
-        raise GitOpsError(f"{kustomization.name} is no YAML: {err}") from err
+        raise GitOpsError(f"{kustomization.name} is not valid YAML: {err}") from err
     if not isinstance(content, CommentedMap):
         raise GitOpsError(f"{kustomization.name}: expected a kustomization, found no mapping")
     images = content.setdefault("images", [])
@@ -64,7 +64,7 @@ def set_image(kustomization: Path, name: str, image: str, digest: str, tag: str 
 
 
 def _build_environment() -> dict[str, str]:
-    """Git's environment: the token as a header for https, never in an argument."""
+    """Build git's environment with the token as an https header, never as an argument."""
     environment = os.environ | {"GIT_TERMINAL_PROMPT": "0"}
     if token := environment.pop("GITOPS_REPO_TOKEN", ""):
         basic = b64encode(f"x-access-token:{token}".encode()).decode()
@@ -77,7 +77,7 @@ def _build_environment() -> dict[str, str]:
 
 
 def run_git(folder: Path, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Call git in a clone. Raises `GitOpsError` with what it said."""
+    """Run git in a clone. Raises `GitOpsError` with its error output."""
     identity = ["-c", f"user.name={AUTHOR[0]}", "-c", f"user.email={AUTHOR[1]}"]
     result = subprocess.run(
         ["git", "-C", str(folder), *identity, *args],
@@ -99,10 +99,10 @@ def publish_change(
     onto: str = "",
     pause_seconds: float = 1.0,
 ) -> str:
-    """Commit a change on top of `branch` and push it there, or as the branch `onto`.
+    """Commit a change on top of `branch` and push it to `branch`, or to the branch `onto`.
 
-    Returns the commit; empty when there was nothing to change. Pushed to in between, it begins
-    again: the change is made anew on what is there now. Raises `GitOpsError`.
+    Returns the commit; empty when nothing changed. After a concurrent push it applies the change
+    again to the new commit. Raises `GitOpsError`.
     """
     with TemporaryDirectory(prefix="gitops-") as folder:
         clone = Path(folder)
@@ -119,12 +119,12 @@ def publish_change(
             run_git(clone, "fetch", "--quiet", "--depth", "1", "origin", branch)
             run_git(clone, "reset", "--quiet", "--hard", "FETCH_HEAD")
         raise GitOpsError(
-            f"{branch}: others pushed {MAX_ATTEMPTS} times in between; try again later"
+            f"{branch}: {MAX_ATTEMPTS} attempts failed due to concurrent pushes; try again later"
         )
 
 
 def push(clone: Path, branch: str, force: bool = False) -> bool:
-    """Push; False when somebody else was there first. Raises `GitOpsError` for anything else."""
+    """Push; returns False after a concurrent push. Raises `GitOpsError` for other errors."""
     args = ["push", "--quiet", *(["--force"] if force else []), "origin", f"HEAD:{branch}"]
     result = run_git(clone, *args, check=False)
     if result.returncode == 0:
@@ -137,18 +137,18 @@ def push(clone: Path, branch: str, force: bool = False) -> bool:
 
 
 def format_message(component: str, tag: str, note: str = "") -> str:
-    """What the commit says: what serves from now on, and how good it was judged to be."""
+    """Format the commit message: the deployed tag, and a note on the model's evaluation."""
     subject = f"deploy({component}): {tag}"
     return f"{subject}\n\n{note}" if note else subject
 
 
 def write_preview(overlay: Path, template: Path, number: int) -> None:
-    """An overlay of a pull request's own, from the staging one: other names, one replica.
+    """Write a pull request's overlay, derived from the `template` overlay with a name suffix.
 
-    Raises `GitOpsError` when there is no overlay to begin from.
+    Raises `GitOpsError` when the template does not exist.
     """
     if not (template / "kustomization.yaml").is_file():
-        raise GitOpsError(f"no overlay {template.name} to make a preview from")
+        raise GitOpsError(f"no overlay {template.name} to derive a preview from")
     yaml = YAML()
     content: dict[str, Any] = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
@@ -167,7 +167,7 @@ def _build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, description in (("set", "an overlay's image"), ("remove", "a preview's overlay")):
         command = commands.add_parser(name, help=description)
-        command.add_argument("--repository", required=True, help="address of the GitOps repository")
+        command.add_argument("--repository", required=True, help="URL of the GitOps repository")
         command.add_argument("--branch", default="main")
         command.add_argument("--app", required=True, help="folder with overlays/ in it")
         command.add_argument("--overlay", required=True, help="production, staging or pr-NUMBER")
@@ -175,17 +175,19 @@ def _build_parser() -> argparse.ArgumentParser:
     set_command = commands.choices["set"]
     set_command.add_argument("--image", required=True, help="registry/repository, without a tag")
     set_command.add_argument(
-        "--name", default="ml-fashion-recommender/inference", help="in the base"
+        "--name", default="ml-fashion-recommender/inference", help="image name in the base"
     )
     set_command.add_argument("--digest", required=True)
-    set_command.add_argument("--tag", required=True, help="for people; the digest decides")
+    set_command.add_argument(
+        "--tag", required=True, help="comment for readers; the digest selects the image"
+    )
     set_command.add_argument("--note", default="", help="second paragraph of the message: metrics")
     set_command.add_argument("--onto", default="", help="push as this branch, for a pull request")
     return parser
 
 
 def _build_change(args: argparse.Namespace) -> tuple[Change, str]:
-    """What to do in a clone, and the message."""
+    """Build the change to a clone and its commit message."""
 
     def apply_image(clone: Path) -> None:
         overlays = clone / args.app / "overlays"
@@ -210,10 +212,10 @@ def _build_change(args: argparse.Namespace) -> tuple[Change, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Do it, and print the commit."""
+    """Publish the change and print the commit."""
     args = _build_parser().parse_args(argv)
     if args.command == "remove" and not re.fullmatch(r"pr-\d+", args.overlay):
-        print(f"error: overlay {args.overlay!r}: only previews are removed", file=sys.stderr)
+        print(f"error: overlay {args.overlay!r}: only previews can be removed", file=sys.stderr)
         return 1
     change, message = _build_change(args)
     try:
@@ -223,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     except GitOpsError as err:
         print(f"error: {err}", file=sys.stderr)
         return 1
-    print(commit or "nothing to do: the repository says so already")
+    print(commit or "nothing to do: the repository is up to date")
     return 0
 
 

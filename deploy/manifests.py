@@ -1,9 +1,9 @@
-"""What a cluster is given, held against what it knows: python -m deploy.manifests CHECK.
+"""Validate the manifests that are deployed to a cluster: python -m deploy.manifests CHECK.
 
-Kustomizations with a namespace are rendered as ArgoCD would, by kubectl. `kubernetes` takes every
-field of every kind that Kubernetes has; `argo` those of Argo, by its types; `ray` those of KubeRay
-that we know (its pods are Kubernetes'); `references` looks whether what templates name is there;
-`checkov` for what is known to be unsafe.
+kubectl renders the kustomizations with a namespace, as ArgoCD does. `kubernetes` validates the
+fields of all Kubernetes kinds; `argo` those of Argo, by its types; `ray` those of KubeRay that are
+listed here (and its pods as Kubernetes pods); `references` checks that the objects that templates
+name exist; `checkov` finds known unsafe settings.
 """
 
 import argparse
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 BIN_FOLDER, NODE_FOLDER = ROOT / ".venv-delivery" / "bin", ROOT / "build" / "checks"
 ARGO_API, RAY_API = "argoproj.io/", "ray.io/"
 # KubeRay's types are in no package; these are the fields of https://ray-project.github.io/kuberay
-# (ray.io/v1) that are ours to use, at each place
+# (ray.io/v1) that our manifests may use, by path
 KUBERAY_FIELDS = {
     "spec": (
         "entrypoint submissionMode shutdownAfterJobFinishes ttlSecondsAfterFinished backoffLimit"
@@ -38,18 +38,18 @@ KUBERAY_FIELDS = {
 }
 DIGEST_PATTERN = re.compile(r"@sha256:[0-9a-f]{64}$")
 NAME_PATTERN = re.compile(r"[a-zA-Z0-9][-a-zA-Z0-9]*")
-KUBERNETES_VERSION = "1.34"  # of Kubernetes
+KUBERNETES_VERSION = "1.34"
 VARIABLE_PATTERN = re.compile(r"\{\{(.*?)\}\}")
 SKIPPED_CHECKS = (
     "CKV_K8S_11",  # a limit on CPU slows a service down while cores are idle; memory has one
 )
-# KubeRay gives the pods of a cluster their probes
+# KubeRay adds the probes to the pods of a cluster
 PROBE_SKIPS = {f"checkov.io/skip{n}": f"CKV_K8S_{n}=set by KubeRay" for n in (8, 9)}
 Document = dict[str, Any]
 
 
 def render_overlays(root: Path = ROOT) -> dict[str, list[Document]]:
-    """By kustomization that is deployed (it has a namespace), its documents."""
+    """Render each deployed kustomization (with a namespace); returns its documents by path."""
     overlays = {}
     for path in sorted((root / "deploy").rglob("kustomization.yaml")):
         if "namespace" in yaml.safe_load(path.read_text(encoding="utf-8")):
@@ -69,7 +69,7 @@ def _list_argo_documents(root: Path) -> list[Document]:
 
 
 def check_kubernetes(root: Path) -> Iterator[str]:
-    """Faults in what is not Argo's; a kind that Kubernetes does not know is one."""
+    """Find faults in all kinds but Argo's and KubeRay's; an unknown kind is a fault."""
     from kubernetes_validate import utils  # of the tools' own environment
 
     for overlay, documents in render_overlays(root).items():
@@ -84,7 +84,7 @@ def check_kubernetes(root: Path) -> Iterator[str]:
 
 
 def check_argo(root: Path) -> Iterator[str]:
-    """Faults in Argo's kinds: values of another type, fields that nobody knows."""
+    """Find faults in Argo's kinds: values of a wrong type, unknown fields."""
     command = ["node", str(NODE_FOLDER / "argo.mjs")]
     text = json.dumps(_list_argo_documents(root))
     result = subprocess.run(command, input=text, check=False, capture_output=True, text=True)
@@ -93,7 +93,7 @@ def check_argo(root: Path) -> Iterator[str]:
 
 
 def _iter_pods(documents: list[Document]) -> Iterator[Document]:
-    """The pods of KubeRay's clusters, as such."""
+    """Iterate over the pods of KubeRay's clusters as pod documents."""
     for document in documents:
         if document["apiVersion"].startswith(RAY_API):
             cluster = document["spec"]["rayClusterSpec"]
@@ -106,7 +106,7 @@ def _iter_pods(documents: list[Document]) -> Iterator[Document]:
 
 
 def check_ray(root: Path) -> Iterator[str]:
-    """Fields of KubeRay's kinds that nobody knows; numbers of workers that do not go together."""
+    """Find unknown fields of KubeRay's kinds and inconsistent numbers of workers."""
     for overlay, documents in render_overlays(root).items():
         for document in documents:
             if document["apiVersion"].startswith(RAY_API):
@@ -119,11 +119,12 @@ def check_ray(root: Path) -> Iterator[str]:
                         group[f"{n}eplicas"] for n in ("minR", "r", "maxR")
                     )
                     if not 0 <= minimum <= replicas <= maximum:
-                        yield f"{overlay}: {group['groupName']}: {minimum} <= {replicas} <= {maximum} replicas?"
+                        bounds = f"{minimum} <= {replicas} <= {maximum}"
+                        yield f"{overlay}: {group['groupName']}: {bounds} replicas?"
 
 
 def _iter_values(value: Any, path: list[str]) -> Iterator[Document]:
-    """What stands at a path; each part, where that is a list."""
+    """Iterate over the values at a path; expands lists."""
     for item in value if isinstance(value, list) else [value]:
         if path:
             yield from _iter_values(item[path[0]], path[1:])
@@ -132,7 +133,7 @@ def _iter_values(value: Any, path: list[str]) -> Iterator[Document]:
 
 
 def check_references(root: Path) -> Iterator[str]:
-    """What is named and is not there: templates, tasks, parameters, accounts, settings, images."""
+    """Find missing objects: templates, tasks, parameters, accounts, config maps, images."""
     for overlay, documents in render_overlays(root).items():
         for image in sorted({*_iter_images(documents)}):
             if not DIGEST_PATTERN.search(image):
@@ -155,7 +156,7 @@ def check_references(root: Path) -> Iterator[str]:
 
 
 def _find_missing_references(document: Document, names: set[tuple[str, str]]) -> Iterator[str]:
-    """Accounts and settings that the pods of a cluster name and that are not there."""
+    """Find missing service accounts and config maps that a cluster's pods refer to."""
     for pod in _iter_pods([document]):
         referenced = {("ServiceAccount", pod["spec"]["serviceAccountName"])}
         for container in pod["spec"]["containers"]:
@@ -166,7 +167,7 @@ def _find_missing_references(document: Document, names: set[tuple[str, str]]) ->
 
 
 def _iter_images(value: Any) -> Iterator[str]:
-    """The images of all containers, wherever a kind has them."""
+    """Iterate over the images of all containers in a document."""
     if isinstance(value, dict):
         if isinstance(value.get("image"), str):
             yield value["image"]
@@ -184,16 +185,16 @@ def _find_dangling(spec: Document, names: set[tuple[str, str]]) -> Iterator[str]
     }
     known_variables.add("workflow.name")
     if spec["entrypoint"] not in templates:
-        yield f"entrypoint {spec['entrypoint']!r} is no template"
+        yield f"entrypoint {spec['entrypoint']!r} is not a template"
     if ("ServiceAccount", spec["serviceAccountName"]) not in names:
         yield f"no service account {spec['serviceAccountName']!r}"
     for variable in VARIABLE_PATTERN.findall(json.dumps(spec)):
         if variable not in known_variables:
-            yield f"{variable!r} stands for nothing"
+            yield f"{variable!r} is not defined"
     volumes = {volume["name"] for volume in spec.get("volumes", [])}
     for name, template in templates.items():
         if not NAME_PATTERN.fullmatch(name):
-            yield f"template {name!r}: Argo takes letters, digits and hyphens"
+            yield f"template {name!r}: Argo allows only letters, digits and hyphens"
         tasks = template.get("dag", {}).get("tasks", [])
         missing_templates = {task["template"] for task in tasks} - {*templates}
         missing_tasks = {
@@ -213,7 +214,7 @@ def _find_dangling(spec: Document, names: set[tuple[str, str]]) -> Iterator[str]
 
 
 def check_unsafe(root: Path) -> Iterator[str]:
-    """What is known to be unsafe in what Kubernetes is given, and in the Dockerfile."""
+    """Find known unsafe settings in the manifests and in the Dockerfile."""
     with TemporaryDirectory(prefix="manifests-") as folder:
         for overlay, documents in render_overlays(root).items():
             file = Path(folder) / f"{overlay.replace('/', '-')}.yaml"
@@ -237,7 +238,7 @@ CHECKS: dict[str, Callable[[Path], Iterator[str]]] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one check; 1 when it finds a fault."""
+    """Run one check; returns 1 when it finds a fault."""
     parser = argparse.ArgumentParser(prog="python -m deploy.manifests", description=__doc__)
     parser.add_argument("check", choices=CHECKS)
     parser.add_argument("--root", type=Path, default=ROOT)

@@ -1,8 +1,8 @@
-"""The tags of an image, from what was pushed: python -m deploy.tag --ref refs/heads/main --sha SHA.
+"""Build an image's tags from the pushed ref: python -m deploy.tag --ref refs/heads/main --sha SHA.
 
-`--version` says instead what the checkout's version is, by the last tag of git.
+`--version` prints instead the checkout's version, from the last git tag.
 
-Tags that name a commit never move; those that do (`--moving`) are for registries that allow it.
+Tags with a commit never move; moving tags (`--moving`) are for registries that allow them.
 """
 
 import argparse
@@ -13,25 +13,25 @@ from pathlib import Path
 from hm_reco.lake.fingerprint import get_package_version
 
 SHA_PATTERN = re.compile(r"[0-9a-f]{40}")
-MAX_TAG_LENGTH = 128  # of a tag, by the OCI distribution specification
+MAX_TAG_LENGTH = 128  # OCI distribution specification
 SHORT_SHA_LENGTH = 7
 
 
 def to_tag_part(branch: str) -> str:
-    """A branch's name as part of a tag: no character that a tag may not have.
+    """Convert a branch's name to a part of a tag, without characters that a tag must not have.
 
-    Raises `ValueError` for a name in which nothing is left.
+    Raises `ValueError` if no character is left.
     """
     safe = re.sub(r"[^A-Za-z0-9_.]+", "-", branch).strip("-.")
     if not safe:
-        raise ValueError(f"branch {branch!r}: nothing in it can be part of an image tag")
+        raise ValueError(f"branch {branch!r}: no character is valid in an image tag")
     return safe[: MAX_TAG_LENGTH - len("-") - 40].rstrip("-.")
 
 
 def build_tags(
     ref: str, sha: str, pull_request: int | None = None, moving: bool = False
 ) -> list[str]:
-    """All tags, the one with the full commit first. Raises `ValueError`."""
+    """Build all tags, the one with the full commit first. Raises `ValueError`."""
     if not SHA_PATTERN.fullmatch(sha):
         raise ValueError(f"commit {sha!r}: expected 40 hexadecimal digits")
     if pull_request is None and not ref.startswith("refs/heads/"):
@@ -51,14 +51,14 @@ def build_tags(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the tags, one a line."""
+    """Print the tags, one per line."""
     parser = argparse.ArgumentParser(prog="python -m deploy.tag", description=__doc__)
     parser.add_argument(
         "--version", action="version", version=get_package_version(Path(__file__).parents[1])
     )
-    parser.add_argument("--ref", required=True, help="as GITHUB_REF has it: refs/heads/main")
+    parser.add_argument("--ref", required=True, help="the ref as in GITHUB_REF: refs/heads/main")
     parser.add_argument("--sha", required=True, help="the commit, 40 hexadecimal digits")
-    parser.add_argument("--pull-request", type=int, help="its number")
+    parser.add_argument("--pull-request", type=int, help="number of the pull request")
     parser.add_argument("--moving", action="store_true", help="also main-latest, pr-12")
     args = parser.parse_args(argv)
     try:

@@ -1704,6 +1704,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'hm_reco/serving/snapshot.py'),
                                           'hm_reco.serving.snapshot._check_lists': ( 'serving/snapshot.html#_check_lists',
                                                                                      'hm_reco/serving/snapshot.py'),
+                                          'hm_reco.serving.snapshot._check_neighbour_lists': ( 'serving/snapshot.html#_check_neighbour_lists',
+                                                                                               'hm_reco/serving/snapshot.py'),
                                           'hm_reco.serving.snapshot._check_range': ( 'serving/snapshot.html#_check_range',
                                                                                      'hm_reco/serving/snapshot.py'),
                                           'hm_reco.serving.snapshot._collect_frames': ( 'serving/snapshot.html#_collect_frames',

@@ -1,1 +1,1 @@
-"""Drives the stage notebooks: parameters, graph, execution, ledger, reports, command line."""
+"""Run the stage notebooks: parameters, graph, execution, run store, reports, command line."""

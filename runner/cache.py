@@ -1,4 +1,4 @@
-"""Does a stage have to run again? Its code, parameters, sources and tables tell."""
+"""Decide from code, parameters, sources and tables whether a stage must run again."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,11 +8,11 @@ from hm_reco.lake.runs import StageRun
 from hm_reco.lake.storage import REGISTRY
 from runner.graph import Stage, find_project_root
 
-LOCATION_PARAMETERS = ("lake", "run_id")  # parameters that say where, not what
+LOCATION_PARAMETERS = ("lake", "run_id")  # parameters that do not affect the outputs
 
 
 class Decision(NamedTuple):
-    """Run the stage, or take what an earlier run left (`cached_run`); and why."""
+    """Whether to run a stage or to use an earlier run's outputs (`cached_run`), and why."""
 
     reason: str
     cache_key: dict[str, Any]
@@ -20,7 +20,7 @@ class Decision(NamedTuple):
 
 
 def compute_cache_key(stage: Stage, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """What a stage's outputs depend on, besides sources and tables."""
+    """Compute what a stage's outputs depend on, besides sources and tables."""
     lock = find_project_root() / "requirements.lock"
     return fingerprint_notebook(stage.notebook) | {
         "packages": hash_text(lock.read_text()) if lock.is_file() else "",
@@ -35,9 +35,9 @@ def decide(
     stage_runs: Sequence[StageRun],
     fingerprint: Callable[[str], str],
 ) -> Decision:
-    """Compare a stage with its succeeded runs in the ledger's `stage_runs`, and the lake's tables.
+    """Compare a stage with its succeeded `stage_runs` and with the `published` table versions.
 
-    `fingerprint` is that of a source outside of the lake.
+    `fingerprint` returns the fingerprint of a source outside the lake.
     """
     cache_key = compute_cache_key(stage, parameters)
     previous_runs = [e for e in stage_runs if e.stage == stage.name and e.state != "cached"]
@@ -60,7 +60,7 @@ def decide(
 
 def _list_differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
     if not old:
-        yield "its last run left no key"
+        yield "its last run has no cache key"
         return
     if old["notebook"] != new["notebook"]:
         yield "notebook changed"
@@ -85,7 +85,7 @@ def _list_changed_tables(
     stage_run: StageRun,
     fingerprint: Callable[[str], str],
 ) -> Iterator[str]:
-    """What has changed around a run whose code and parameters are the same."""
+    """List the changed sources and tables of a run with the same code and parameters."""
     for source, recorded in stage_run.sources.items():
         if fingerprint(source) != recorded:
             yield f"source {source} changed"
@@ -93,6 +93,6 @@ def _list_changed_tables(
     for role, tables in (("input", stage_run.inputs), ("output", stage_run.outputs)):
         for name, version in tables.items():
             if role == "output" and name == REGISTRY and visible.get(name, -1) > version:
-                continue  # a promotion is no reason to train again
+                continue  # a promotion does not require training again
             if visible.get(name) != version:
                 yield f"{role} {name}: version {version} → {visible.get(name, 'none')}"

@@ -1,4 +1,4 @@
-"""The graph of stages as steps of a cluster, and the manifests made of them."""
+"""Convert the graph of stages to steps of a cluster, and build manifests from them."""
 
 import json
 from collections.abc import Mapping
@@ -17,13 +17,13 @@ LOCATION_PARAMETERS = ("lake", "run_id")  # parameters that a cluster's run sets
 
 
 def to_cli_args(values: Mapping[str, object]) -> dict[str, str]:
-    """Values of parameters, as `-p` takes them."""
+    """Convert the values of parameters to texts for `-p`."""
     selected = {name: value for name, value in values.items() if name not in LOCATION_PARAMETERS}
     return {n: v if isinstance(v, str) else json.dumps(v) for n, v in selected.items()}
 
 
 def build_steps(stages: Mapping[str, Stage]) -> list[Step]:
-    """The stages with their parameters in a whole run."""
+    """Build the steps of all stages with their parameters in a whole run."""
     resolved = resolve(list(stages.values()))
     return [
         Step(
@@ -40,15 +40,15 @@ def build_steps(stages: Mapping[str, Stage]) -> list[Step]:
 
 
 def build_manifests(stages: Mapping[str, Stage]) -> dict[str, str]:
-    """The manifests for each kind of cluster, as YAML."""
+    """Build the manifests for each kind of cluster, as YAML."""
     steps = build_steps(stages)
     return {"argo": build_workflows(steps, NIGHTLY_SCHEDULE), "ray": build_ray_job(steps)}
 
 
 def write_manifest_file(name: str, text: str) -> Path:
-    """Put a manifest into the checkout. Raises `LookupError` outside of one."""
+    """Write a manifest into the checkout. Raises `LookupError` outside of a checkout."""
     path = find_project_root() / MANIFEST_FILES[name]
     if not path.parent.is_dir():
-        raise LookupError(f"{path.parent}: no such folder; --write belongs into a checkout")
+        raise LookupError(f"{path.parent}: no such folder; --write needs a checkout")
     path.write_text(text, encoding="utf-8")
     return path

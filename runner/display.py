@@ -1,4 +1,4 @@
-"""What a person sees while stages run: a live table on a terminal, plain lines elsewhere."""
+"""Show running stages: a live table on a terminal, plain lines elsewhere."""
 
 import threading
 from typing import Any, Self
@@ -16,10 +16,10 @@ STATE_COLOURS = {"succeeded": "green", "cached": "cyan", "running": "dim", "stop
 
 
 class RunDisplay:
-    """Told what happens; `quiet` shows nothing of it, `verbose` also what the kernels print."""
+    """Display the progress of a run; `quiet`: show nothing, `verbose`: also kernel output."""
 
     def __init__(self, console: Console, verbose: bool = False, quiet: bool = False) -> None:
-        """Nothing is shown before the `with` block."""
+        """Prepare the display; the `with` block starts it."""
         self.console, self.verbose, self.quiet = console, verbose, quiet
         self.running: dict[tuple[str, str], StageMonitor] = {}
         self.logged_at: dict[str, float] = {}
@@ -29,31 +29,31 @@ class RunDisplay:
             self.live = Live(console=console, get_renderable=self._build_table, transient=True)
 
     def __enter__(self) -> Self:
-        """Show the table, on a terminal."""
+        """Show the table on a terminal."""
         if self.live:
             self.live.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        """Take the table away; the lines above it stay."""
+        """Remove the table; the lines above it stay."""
         if self.live:
             self.live.stop()
 
     def log(self, text: str, style: str = "") -> None:
-        """Print a line of its own."""
+        """Print a line."""
         if not self.quiet:
             with self.lock:
                 self.console.print(Text(text, style), highlight=False, soft_wrap=True)
 
     def on_started(self, monitor: StageMonitor, reason: str) -> None:
-        """A stage starts, because of `reason`."""
+        """Show that a stage starts, and why."""
         self.running[monitor.run_id, monitor.stage] = monitor
         self.logged_at[monitor.stage] = 0.0
         if not self.live:
             self.log(f"{monitor.stage:<11} started: {reason}", "dim")
 
     def refresh(self) -> None:
-        """Time passes; where no table is shown, a long stage tells now and then where it is."""
+        """Without a table, log the progress of long stages every `LOG_INTERVAL_SECONDS`."""
         for monitor in list(self.running.values()):
             if (
                 not self.live
@@ -67,14 +67,14 @@ class RunDisplay:
                 )
 
     def on_output(self, stage: str, text: str) -> None:
-        """A stage's kernel printed something."""
+        """Log a kernel's output if `verbose`."""
         if self.verbose:
             for line in text.replace("\r", "\n").splitlines():
                 if line.strip():
                     self.log(f"{stage} | {line}", "dim")
 
     def on_finished(self, stage_run: StageRun) -> None:
-        """A stage has ended."""
+        """Show the end of a stage: its state and cost."""
         self.running.pop((stage_run.run_id, stage_run.stage), None)
         cost = f"{stage_run.seconds:6.1f} s, peak {stage_run.peak_memory_mb:5.0f} MB"
         line = f"{stage_run.stage:<11} {stage_run.state:<9} "
@@ -82,7 +82,7 @@ class RunDisplay:
         self.log(line, STATE_COLOURS.get(stage_run.state, "red"))
 
     def _build_table(self) -> Table:
-        """The stages that run: how far, where, for how long."""
+        """Build the table of running stages: progress, time, memory, current heading."""
         table = Table(box=None, pad_edge=False, show_header=False)
         for monitor in list(self.running.values()):
             retry = f" (try {monitor.attempt})" if monitor.attempt > 1 else ""

@@ -1,4 +1,4 @@
-"""papermill's engine with a view on the kernel: its process, its cells, what it prints."""
+"""A papermill engine that monitors the kernel: its process, its cells, its output."""
 
 import sys
 from collections.abc import Callable
@@ -16,18 +16,18 @@ KERNEL_ARGUMENTS = [
     "--IPKernelApp.log_level=ERROR",
     "--ZMQInteractiveShell.system_raise_on_error=True",  # a failing `!command` fails its cell
 ]
-if sys.platform == "linux":  # PR_SET_PDEATHSIG: nobody is left who writes when the runner is killed
+if sys.platform == "linux":  # PR_SET_PDEATHSIG: the kernel dies with the runner
     KERNEL_ARGUMENTS.append("--IPKernelApp.exec_lines=import ctypes; ctypes.CDLL(None).prctl(1, 9)")
 
 
 class StageClient(PapermillNotebookClient):
-    """Tells a `StageMonitor` which cell runs, and a listener what the kernel prints."""
+    """Report the running cell to a `StageMonitor` and the kernel's output to `on_output`."""
 
-    monitor: Any = AnyTrait()  # a Watch
+    monitor: Any = AnyTrait()  # a StageMonitor
     on_output: Any = AnyTrait()  # called with stage and text
 
     def start_new_kernel_client(self, **kwargs: Any) -> Any:
-        """The kernel has been started; wait until it answers."""
+        """Attach the started kernel to the monitor and wait until it answers."""
         self.monitor.attach(self.km.provisioner.process)
         return super().start_new_kernel_client(**kwargs)
 
@@ -46,7 +46,7 @@ class StageClient(PapermillNotebookClient):
         return super().execute_cell(cell, cell_index, *args, **kwargs)
 
     def process_message(self, msg: Any, *args: Any, **kwargs: Any) -> Any:
-        """Look at one message of the kernel."""
+        """Process one message of the kernel: record progress and forward output."""
         if msg["header"]["msg_type"] == "stream":
             text = msg["content"]["text"]
             lines = [line for line in text.replace("\r", "\n").splitlines() if line.strip()]
@@ -57,7 +57,7 @@ class StageClient(PapermillNotebookClient):
 
 
 class StageEngine(NBClientEngine):
-    """Runs the cells by `StageClient`."""
+    """Run the cells with `StageClient`."""
 
     @classmethod
     def execute_managed_notebook(
@@ -71,12 +71,12 @@ class StageEngine(NBClientEngine):
         env: dict[str, str],
         **_: Any,
     ) -> Any:
-        """Called by papermill."""
+        """Execute a notebook; papermill calls this."""
         client = StageClient(
             nb_man,
             kernel_name=kernel_name,
             startup_timeout=60,
-            shutdown_kernel="immediate",  # all cells have run; a polite end takes 0.6 s
+            shutdown_kernel="immediate",  # all cells have run; a graceful shutdown takes 0.6 s
             extra_arguments=KERNEL_ARGUMENTS,
             monitor=monitor,
             on_output=on_output,

@@ -16,17 +16,17 @@ PIPELINE_FILE = Path(__file__).with_name("pipeline.yaml")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that keeps texts: no octal numbers, no dates, no `yes`, no `12e4567`."""
+    """A YAML loader that keeps texts: no octal numbers, no dates, no `yes`, no `12e4567`."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - as the base class declares it
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Refuse a key that stands twice: the second would silently replace the first."""
+        """Reject a duplicate key: the second would silently replace the first."""
         keys = set[str]()
         for key, _ in node.value:
             if key.value in keys:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands twice", key.start_mark
+                    None, None, f"duplicate key {key.value!r}", key.start_mark
                 )
             keys.add(str(key.value))
         return super().construct_mapping(node, deep)
@@ -44,7 +44,7 @@ for _tag, _pattern, _first_characters in (
 
 
 def read_yaml(text: str) -> Any:
-    """The content of a YAML text, in which an id with leading zeros stays a text.
+    """Parse a YAML text, in which an id with leading zeros stays a text.
 
     Raises `yaml.YAMLError`.
     """
@@ -52,38 +52,38 @@ def read_yaml(text: str) -> Any:
 
 
 class PipelineError(ValueError):
-    """A pipeline file, or a choice of stages, that makes no sense."""
+    """An invalid pipeline file or selection of stages."""
 
 
 class Stage(BaseModel):
-    """One stage: a notebook, what it comes after, and how it is run."""
+    """One stage: its notebook, its upstream stages, and how it runs."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     notebook: Path
     after: tuple[str, ...] = ()
-    parameters: dict[str, Any] = {}  # in a whole run, where they differ from the notebook's
+    parameters: dict[str, Any] = {}  # of a whole run, if different from the notebook's defaults
     sweep: dict[str, Any] = {}  # parameters of a sweep's trials
     timeout: float | None = Field(None, gt=0)  # seconds
-    image: str = ""  # the component whose image it runs in; empty: its own
-    cpus: float = Field(1, gt=0)  # in a cluster, as are memory (at full size) and gpu
+    image: str = ""  # component whose image it runs in; empty: its own
+    cpus: float = Field(1, gt=0)  # in a cluster, like memory (for the full data set) and gpu
     memory: str = Field("8Gi", pattern=r"^[1-9]\d*[MG]i$")
     gpu: int = Field(0, ge=0)
-    retries: int = Field(0, ge=0, le=10)  # after a failure; there are none unless declared
+    retries: int = Field(0, ge=0, le=10)  # after a failure
     headline: dict[str, str] = {}  # label: path of a figure in the manifest's metrics
 
 
 def find_project_root() -> Path:
-    """The folder that holds `settings.ini` and `nbs/`: here or above, else beside this package."""
+    """Find the folder with `settings.ini` and `nbs/`, or else the parent of this package."""
     settings = find_settings_file()
     return settings.parent if settings else Path(__file__).parents[1]
 
 
 def load_pipeline(path: Path = PIPELINE_FILE, root: Path | None = None) -> dict[str, Stage]:
-    """The stages of a pipeline file in an order that respects `after`.
+    """Load the stages of a pipeline file in an order that respects `after`.
 
-    Raises `PipelineError` naming the file and what is wrong with it.
+    Raises `PipelineError` with the file's name and the problem.
     """
     project = root or find_project_root()
     try:
@@ -94,7 +94,7 @@ def load_pipeline(path: Path = PIPELINE_FILE, root: Path | None = None) -> dict[
         raise PipelineError(f"{path}: {err}") from err
     for name in order:
         if name not in stages:
-            raise PipelineError(f"{path}: {name!r} is in an `after`, but is no stage")
+            raise PipelineError(f"{path}: {name!r} is in an `after`, but is not a stage")
     return {
         name: stages[name].model_copy(update={"notebook": project / stages[name].notebook})
         for name in order
@@ -102,7 +102,7 @@ def load_pipeline(path: Path = PIPELINE_FILE, root: Path | None = None) -> dict[
 
 
 def select_stages(stages: dict[str, Stage], names: Sequence[str]) -> list[Stage]:
-    """The named stages (none named: all), in the pipeline's order; raises `PipelineError`."""
+    """Return the named stages (no names: all) in the pipeline's order; raises `PipelineError`."""
     for name in names:
         if name not in stages:
             suggestions = get_close_matches(name, stages, 1)
@@ -112,7 +112,7 @@ def select_stages(stages: dict[str, Stage], names: Sequence[str]) -> list[Stage]
 
 
 def list_upstream(stages: dict[str, Stage], names: Sequence[str]) -> list[str]:
-    """The named stages and all that they come after, in the pipeline's order."""
+    """Return the named stages and all their upstream stages, in the pipeline's order."""
     needed = set(names)
     for name in reversed(stages):
         if name in needed:

@@ -1,4 +1,4 @@
-"""What the runner asks of the library beyond the lake; the command line hands it over."""
+"""Library functions beyond `hm_reco.lake` that the runner calls; the command line injects them."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ from hm_reco.lake.storage import Lake
 
 
 class Hooks(NamedTuple):
-    """Functions of the library that are no matter of a lake alone."""
+    """Library functions that the runner does not import itself."""
 
-    fingerprint: Callable[[str], str]  # of a source outside of the lake, by its URI
+    fingerprint: Callable[[str], str]  # of a source outside the lake, by its URI
     build_model_rows: Callable[[Lake], list[dict[str, Any]]]  # the registered models, for the index

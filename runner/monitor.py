@@ -1,4 +1,4 @@
-"""Watches the process of a stage's kernel: how far it is, what it costs, how it ended."""
+"""Monitor the process of a stage's kernel: its progress, its cost, and how it ended."""
 
 import contextlib
 import signal
@@ -18,7 +18,7 @@ SAMPLE_SECONDS = 0.1
 
 
 def _count_oom_kills() -> int:
-    """How many processes Linux killed for lack of memory since the machine started; else 0."""
+    """Return the number of processes that Linux killed for lack of memory since boot, or 0."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/vmstat").read_text().splitlines():
             if line.startswith("oom_kill "):
@@ -28,7 +28,7 @@ def _count_oom_kills() -> int:
 
 @dataclass
 class StageMonitor:
-    """A stage that runs. The thread that runs it writes; the board and the time limit read."""
+    """A running stage. Its thread writes the fields; the display and the time limit read them."""
 
     stage: str
     run_id: str = ""
@@ -36,40 +36,40 @@ class StageMonitor:
     n_cells: int = 0
     cell: int = 0
     heading: str = ""
-    progress: str = ""  # the newest line of progress
+    progress: str = ""  # the latest line of progress
     started_at: float = field(default_factory=time.monotonic)
     process: Popen[bytes] | None = None
-    stop_reason: Outcome | None = None  # why we ended the process, if we did
-    peak_memory_mb: float = 0.0  # resident, the kernel with all its children
+    stop_reason: Outcome | None = None  # why the runner killed the process, if it did
+    peak_memory_mb: float = 0.0  # resident, of the kernel and all its children
     cpu_seconds: float = 0.0
     oom_kills: int = field(default_factory=_count_oom_kills)
 
     @property
     def seconds(self) -> float:
-        """Time since the start."""
+        """The time since the start."""
         return time.monotonic() - self.started_at
 
     def restart(self) -> None:
-        """Forget all of this attempt, for the next one."""
+        """Reset all fields for the next attempt."""
         fresh = StageMonitor(self.stage, self.run_id, self.attempt + 1)
         self.__dict__.update(fresh.__dict__)
 
     def attach(self, process: Popen[bytes]) -> None:
-        """The kernel's process is there."""
+        """Attach the kernel's process after its start."""
         self.process = process
-        with contextlib.suppress(OSError):  # when memory runs out, the kernel goes, not the runner
+        with contextlib.suppress(OSError):  # out of memory: Linux kills the kernel, not the runner
             Path(f"/proc/{process.pid}/oom_score_adj").write_text("500")
         if self.stop_reason:
             _kill_process_tree(process.pid)
 
     def stop(self, outcome: Outcome) -> None:
-        """Kill the kernel and its children, for the reason given."""
+        """Kill the kernel and its children, and record the reason."""
         self.stop_reason = self.stop_reason or outcome
         if self.process and self.process.poll() is None:
             _kill_process_tree(self.process.pid)
 
     def sample(self) -> None:
-        """Note memory and CPU time of the kernel and its children as they are now."""
+        """Record the current memory and CPU time of the kernel and its children."""
         with contextlib.suppress(psutil.Error):
             if self.process:
                 kernel = psutil.Process(self.process.pid)
@@ -80,14 +80,14 @@ class StageMonitor:
                 self.cpu_seconds = max(self.cpu_seconds, cpu)
 
     def get_exit_outcome(self) -> Outcome | None:
-        """How the kernel's process ended, if it did before it was asked to."""
+        """Return how the kernel's process ended, or None while it runs."""
         if self.stop_reason:
             return self.stop_reason
         code = self.process.poll() if self.process else None
         if code is None:
             return None
         if code >= 0:
-            hint = "; so it ends when its Ray cluster is lost" if Settings().ray_address else ""
+            hint = "; this happens when it loses its Ray cluster" if Settings().ray_address else ""
             return Outcome("killed", f"the kernel ended by itself with exit code {code}{hint}")
         cause = f"the kernel was killed by {signal.Signals(-code).name}"
         if code == -signal.SIGKILL:
@@ -109,7 +109,7 @@ def _kill_process_tree(pid: int) -> None:
 
 @contextlib.contextmanager
 def monitoring(monitor: StageMonitor, timeout: float | None) -> Iterator[None]:
-    """Sample a stage's cost until it ends, and end it when it takes longer than `timeout`."""
+    """Sample a stage's cost until it ends; stop it when it takes longer than `timeout` seconds."""
     finished = threading.Event()
 
     def poll() -> None:

@@ -1,4 +1,4 @@
-"""Typed parameters, read from the cell of a notebook that is tagged `parameters`."""
+"""Typed parameters, read from the notebook cell tagged `parameters`."""
 
 import ast
 import io
@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 from hm_reco.lake.settings import PASSWORD_PATTERN
 from runner.graph import Stage, read_yaml
 
-# what an annotation in a parameters cell may name without an import
+# types that an annotation in a parameters cell may use without an import
 ALLOWED_TYPES: dict[str, Any] = {
     t.__name__: t for t in (str, int, float, bool, list, dict, date, datetime)
 }
@@ -32,7 +32,7 @@ VARIABLE_PATTERN = re.compile(r"\$\{(\w+)(?::-(.*?))?\}")
 
 
 class ParameterError(ValueError):
-    """Parameters that a notebook does not have, or values that do not fit them."""
+    """A parameter that the notebook does not have, or an invalid value."""
 
 
 class Parameter(NamedTuple):
@@ -45,14 +45,14 @@ class Parameter(NamedTuple):
 
 
 class ResolvedParameters(NamedTuple):
-    """A stage's parameters, as plain JSON values, and where each value came from."""
+    """A stage's parameters as plain JSON values, and the layer of each value."""
 
     values: dict[str, Any]
     origins: dict[str, str]
 
 
 def read_parameters_cell(notebook: Path) -> str:
-    """The source of the cell tagged `parameters`; raises `ParameterError` unless there is one."""
+    """Return the source of the cell tagged `parameters`; raises `ParameterError` if not unique."""
     if not notebook.is_file():
         raise ParameterError(f"{notebook}: no such notebook")
     cells = nbformat.read(notebook, as_version=4).cells
@@ -63,13 +63,13 @@ def read_parameters_cell(notebook: Path) -> str:
 
 
 def _read_comments(source: str) -> dict[int, str]:
-    """Comments by the line they end; a `#` inside a string is none."""
+    """Return the comments by line number; ignores a `#` inside a string."""
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
 
 
 def _import_types(tree: ast.Module, notebook: Path) -> dict[str, Any]:
-    """What annotations may name: `ALLOWED_TYPES`, and what the cell's own imports bring."""
+    """Return the types that annotations may use: `ALLOWED_TYPES` and the cell's imports."""
     imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     names = dict(ALLOWED_TYPES)
     module = ast.Module(body=list(imports), type_ignores=[])
@@ -99,8 +99,8 @@ def read_parameters(notebook: Path) -> list[Parameter]:
         except (NameError, TypeError, ValueError) as err:
             known = ", ".join(ALLOWED_TYPES)
             raise ParameterError(
-                f"{notebook}: {line!r}: {err}; a type is made of {known} or is imported in the "
-                "cell, a value is a literal"
+                f"{notebook}: {line!r}: {err}; use types from {known} or import them in the "
+                "cell; a value must be a literal"
             ) from err
         lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
         help_text = " ".join(comments[line] for line in lines if line in comments)
@@ -109,7 +109,7 @@ def read_parameters(notebook: Path) -> list[Parameter]:
 
 
 def build_parameters_model(notebook: Path) -> type[BaseModel]:
-    """A pydantic model of a notebook's parameters: unknown names and infinite numbers refused."""
+    """Build a pydantic model of a notebook's parameters; rejects unknown names and infinity."""
     fields: dict[str, Any] = {
         p.name: (p.annotation, Field(p.default, description=p.help))
         for p in read_parameters(notebook)
@@ -117,7 +117,7 @@ def build_parameters_model(notebook: Path) -> type[BaseModel]:
     config = ConfigDict(
         extra="forbid", allow_inf_nan=False, validate_default=True, protected_namespaces=()
     )
-    with warnings.catch_warnings():  # a parameter may have any name, also that of a model's method
+    with warnings.catch_warnings():  # a parameter may have the name of a model's method
         warnings.simplefilter("ignore", UserWarning)
         return create_model(notebook.stem, __config__=config, **fields)
 
@@ -139,18 +139,18 @@ def format_type(annotation: Any, metadata: Sequence[Any] = ()) -> str:
 
 
 def _format_bounds(metadata: Sequence[Any]) -> Iterator[str]:
-    """The bounds among the metadata of `Annotated`, in words."""
+    """Format the bounds in the metadata of `Annotated`: `at least 1`."""
     for item in metadata:
         yield from _format_bounds(item.metadata if isinstance(item, FieldInfo) else ())
-        for name, words in BOUNDS.items():
+        for name, label in BOUNDS.items():
             if (bound := getattr(item, name, None)) is not None:
-                yield f"{words} {bound:g}"
+                yield f"{label} {bound:g}"
 
 
 def parse_assignments(assignments: Sequence[str]) -> dict[str, str]:
-    """Parse `name=value` texts; a name may be `stage.name`, which concerns one stage only.
+    """Parse `name=value` texts; the name `stage.name` applies to one stage only.
 
-    Raises `ParameterError` for texts without a name or `=`, and for names given twice.
+    Raises `ParameterError` for texts without a name or `=`, and for duplicate names.
     """
     pairs, problems = [text.partition("=") for text in assignments], []
     for name, equals, value in pairs:
@@ -165,9 +165,9 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, str]:
 
 
 def read_parameter_file(path: Path) -> dict[str, Any]:
-    """Parameters from a YAML or JSON file: `name: value`, or `stage: {name: value}`.
+    """Read parameters from a YAML or JSON file: `name: value`, or `stage: {name: value}`.
 
-    Raises `ParameterError` naming the file.
+    Raises `ParameterError` with the file's name.
     """
     try:
         content = read_yaml(path.read_text(encoding="utf-8"))
@@ -181,11 +181,11 @@ def read_parameter_file(path: Path) -> dict[str, Any]:
 def resolve(
     stages: Sequence[Stage], *layers: tuple[str, Mapping[str, Any]]
 ) -> dict[str, ResolvedParameters]:
-    """The checked parameters of each stage.
+    """Resolve and validate the parameters of each stage.
 
-    Each layer (its name, its values) is stronger than the one before; the notebook's defaults and
-    the pipeline's values are weaker than all. A value goes to every stage that has the parameter.
-    All that is wrong is reported at once, as one `ParameterError`.
+    Each layer (its name, its values) overrides the one before; all layers override the notebook's
+    defaults and the pipeline's values. A value applies to every stage that has the parameter.
+    Raises one `ParameterError` with all problems.
     """
     models = {stage.name: build_parameters_model(stage.notebook) for stage in stages}
     problems = [
@@ -209,7 +209,7 @@ def resolve(
 
 
 def _to_json(parameters: BaseModel) -> dict[str, Any]:
-    """All values as plain JSON; of nested models, what was given, without their defaults."""
+    """Convert all values to plain JSON; nested models keep only the fields that were set."""
     defaults = parameters.model_dump(mode="json")
     return defaults | parameters.model_dump(mode="json", exclude_unset=True)
 
@@ -217,7 +217,7 @@ def _to_json(parameters: BaseModel) -> dict[str, Any]:
 def _split_by_stage(
     values: Mapping[str, Any], models: Mapping[str, Any]
 ) -> dict[tuple[str, str], Any]:
-    """`name`, `stage.name` and `stage: {name: ...}` as (stage or "", name)."""
+    """Convert `name`, `stage.name` and `stage: {name: ...}` to keys (stage or "", name)."""
     scoped: dict[tuple[str, str], Any] = {}
     for key, value in values.items():
         stage, dot, name = key.rpartition(".")
@@ -231,7 +231,7 @@ def _split_by_stage(
 def _merge_layers(
     stage: Stage, model: type[BaseModel], layers: Sequence[tuple[str, Mapping[str, Any]]]
 ) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    """Values, the layer of each, and what is wrong with them."""
+    """Merge the layers; returns the values, the layer of each, and the problems."""
     values: dict[str, Any] = {}
     origins, problems = dict.fromkeys(model.model_fields, "notebook"), []
     for layer, content in (("pipeline.yaml", {stage.name: stage.parameters}), *layers):
@@ -239,8 +239,8 @@ def _merge_layers(
             if scope == stage.name or (not scope and name in model.model_fields):
                 try:
                     if PASSWORD_PATTERN.search(str(value)):
-                        raise ValueError("a password in a URL, which would be kept with the run")
-                    # on the command line, the shell has filled in its own
+                        raise ValueError("a password in a URL, which the run would store")
+                    # on the command line, the shell has expanded variables
                     expand = isinstance(value, str) and layer != "-p"
                     expanded = VARIABLE_PATTERN.sub(_expand_variable, value) if expand else value
                     values[name], origins[name] = _parse_value(expanded, model, name), layer
@@ -250,7 +250,7 @@ def _merge_layers(
 
 
 def _parse_value(value: Any, model: type[BaseModel], name: str) -> Any:
-    """A value; a text is read as YAML where the parameter may be a list or a mapping."""
+    """Parse a value; a text is read as YAML if the parameter may be a list or a mapping."""
     if not isinstance(value, str):
         return value
     field = model.model_fields.get(name)
@@ -261,12 +261,12 @@ def _parse_value(value: Any, model: type[BaseModel], name: str) -> Any:
         try:
             return read_yaml(value)
         except yaml.YAMLError as err:
-            raise ValueError(f"{value!r} is no list or mapping: {err}") from err
+            raise ValueError(f"{value!r} is not a list or mapping: {err}") from err
     return value
 
 
 def _union_members(annotation: Any) -> tuple[Any, ...]:
-    """The alternatives of a union, without their metadata; of anything else, itself."""
+    """Return the members of a union without their metadata; another type is its only member."""
     if get_origin(annotation) is Annotated:
         return _union_members(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -283,7 +283,7 @@ def _expand_variable(match: re.Match[str]) -> str:
     name, default = match.groups()
     value = os.environ.get(name) or default
     if value is None:
-        raise ValueError(f"the environment variable {name} is not set, and has no default")
+        raise ValueError(f"the environment variable {name} is not set and has no default")
     return value
 
 
@@ -295,7 +295,7 @@ def _suggest(name: str, known: Sequence[str] | set[str]) -> str:
 def _describe_unknown(
     layer: str, stage: str, name: str, models: Mapping[str, type[BaseModel]]
 ) -> str:
-    """What is wrong with a name, or nothing."""
+    """Describe an unknown stage or parameter; empty if the name is known."""
     if stage and stage not in models:
         return (
             f"{stage}.{name} ({layer}): no stage {stage!r} in this run{_suggest(stage, {*models})}"

@@ -1,4 +1,4 @@
-"""Writes the pages of `reports` into a lake."""
+"""Write the pages of `reports` into a lake."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +12,7 @@ from runner.hooks import Hooks
 
 
 def render_run(lake: Lake, run_id: str, stage_runs: Sequence[StageRun] | None = None) -> None:
-    """Write `reports/<run_id>/index.html`; of the ledger's entries, if none are given."""
+    """Write `reports/<run_id>/index.html`; reads the stage runs from the lake by default."""
     if stage_runs is None:
         stage_runs = [e for e in read_runs(lake) if e.run_id == run_id]
     page = run_page(run_id, stage_runs, load_pipeline(), lake.root)
@@ -32,7 +32,7 @@ def render_sweep(
 
 def render_index(lake: Lake, hooks: Hooks) -> None:
     """Write `reports/index.html`."""
-    lake = replace(lake)  # an open lake sees what was vouched for when it was first asked
+    lake = replace(lake)  # an open lake caches the published versions of its first access
     shadow = lake.path("reports", "shadow.html").is_file()
     stage_runs, models = read_runs(lake), hooks.build_model_rows(lake)
     page = index_page(stage_runs, load_pipeline(), lake.root, models, shadow)

@@ -1,4 +1,4 @@
-"""Runs made from others: a stage with many parameter sets, a run once more from its records."""
+"""Sweeps (a stage with many parameter sets) and reproductions of earlier runs."""
 
 import io
 import itertools
@@ -35,10 +35,10 @@ from runner.stage import Job
 def build_trials(
     stage: Stage, assignments: Mapping[str, Any], file_parameters: Mapping[str, Any], run_id: str
 ) -> dict[str, tuple[dict[str, Any], ResolvedParameters]]:
-    """The trials of a sweep by run id: the values that vary, and all parameters.
+    """Build the trials of a sweep by run id: the values that vary, and all parameters.
 
-    A parameter given as a list, `[0.03, 0.1]`, varies; several make a grid. Raises
-    `ParameterError` when none does, or for what is wrong with any trial.
+    A parameter with a list of values, `[0.03, 0.1]`, varies; several lists make a grid. Raises
+    `ParameterError` when no parameter varies or a trial has invalid parameters.
     """
     model = build_parameters_model(stage.notebook)
     grid = {}
@@ -67,10 +67,10 @@ def build_trials(
 def reproduce_run(
     lake: Lake, run_id: str, into: str | None, display: RunDisplay, hooks: Hooks
 ) -> list[dict[str, Any]]:
-    """Run the stages of a run again, on a branch of the lake as it was, and compare the metrics.
+    """Run the stages of a run again, on a branch of the lake before it, and compare the metrics.
 
-    Returns a row a stage: `stage`, `agree`, `differences`. Raises `LookupError` for a run that did
-    not succeed, and `StageError` when a stage fails now.
+    Returns one row per stage: `stage`, `agree`, `differences`. Raises `LookupError` for a run that
+    did not succeed, and `StageError` when a stage fails now.
     """
     stage_runs = [e for e in read_runs(lake) if e.run_id == run_id and e.state != "cached"]
     if not stage_runs or any(e.state != "succeeded" for e in stage_runs):
@@ -103,7 +103,7 @@ def _get_recorded_parameters(stage_run: StageRun) -> ResolvedParameters:
 def _get_tables_before(
     lake: Lake, run_id: str, stage_runs: Sequence[StageRun]
 ) -> dict[str, dict[str, int]]:
-    """The table versions that were visible before the run."""
+    """Return the table versions that were visible before the run."""
     run_record = json.loads(lake.path("runs", run_id, "run.json").read_text())
     published: dict[str, dict[str, int]] = run_record["published"]
     written = {name for stage_run in stage_runs for name in stage_run.outputs}
@@ -118,7 +118,7 @@ def _get_tables_before(
 
 @contextmanager
 def checkout_code(stage_runs: Sequence[StageRun], display: RunDisplay) -> Iterator[Path]:
-    """A checkout with the code of a run: this one when nothing differs, else the commit's."""
+    """Yield a checkout with the code of a run: this one if it is unchanged, else the commit's."""
     root, pipeline = find_project_root(), load_pipeline()
     known_runs = [e for e in stage_runs if e.stage in pipeline]
     matches = [
@@ -130,10 +130,10 @@ def checkout_code(stage_runs: Sequence[StageRun], display: RunDisplay) -> Iterat
         return
     sha, _, changed = commit.partition("+")
     archive = ["git", "-C", str(root), "archive", "--format=tar", sha]
-    is_sha = re.fullmatch("[0-9a-f]{7,64}", sha)  # and no option of git's
+    is_sha = re.fullmatch("[0-9a-f]{7,64}", sha)  # not a git option
     result = subprocess.run(archive, capture_output=True, check=False) if is_sha else None
     if result is None or result.returncode:
-        display.log(f"warning: no commit {sha} here; reproducing with the present code", "yellow")
+        display.log(f"warning: commit {sha} not found; reproducing with the current code", "yellow")
         yield root
         return
     remark = "; it had uncommitted changes, which are lost" if changed else ""

@@ -1,4 +1,4 @@
-"""A new stage: a notebook that runs, its place in the graph, its test."""
+"""Create a new stage: a working notebook, its graph entry and its test."""
 
 import keyword
 import re
@@ -32,7 +32,7 @@ def _fill_template(template: str, name: str) -> str:
 
 
 def _parse_cells(text: str) -> Iterator[nbformat.NotebookNode]:
-    """Prose and fenced code as cells; the word after `python` is a tag."""
+    """Convert prose and fenced code to cells; the word after `python` is a tag."""
     position = 0
     for block in FENCED_CODE.finditer(text):
         if prose := text[position : block.start()].strip():
@@ -42,21 +42,21 @@ def _parse_cells(text: str) -> Iterator[nbformat.NotebookNode]:
 
 
 def _check_name(name: str, root: Path) -> None:
-    """Raises `PipelineError` when the name cannot be that of a new stage, or nothing is here."""
+    """Check the name of a new stage; raises `PipelineError` if invalid or outside a clone."""
     if not NAME_PATTERN.fullmatch(name) or keyword.iskeyword(name):
-        expected = "small letters, digits and _, such as price_watch: it names a module"
+        expected = "lower-case letters, digits and _, such as price_watch (a module's name)"
         raise PipelineError(f"stage name {name!r}: expected {expected}")
     if name in load_pipeline() or list((root / "nbs").rglob(f"[0-9]*_{name}.ipynb")):
-        raise PipelineError(f"stage name {name!r}: it is taken; hm plan lists the stages")
+        raise PipelineError(f"stage name {name!r}: it exists already; hm plan lists the stages")
     needed = (root / "nbs" / "stages", *((root / file).parent for file in MANIFEST_FILES.values()))
     if not all(folder.is_dir() for folder in needed) or not PIPELINE_FILE.is_relative_to(root):
-        raise PipelineError(f"{root} is no clone of the project, which a new stage needs")
+        raise PipelineError(f"{root} is not a clone of the project; a new stage needs one")
     if not Path(sys.executable).with_name("nbdev-export").exists():
-        raise PipelineError("nbdev is not installed, which exports notebooks: make .installed")
+        raise PipelineError("nbdev is not installed (it exports notebooks): make .installed")
 
 
 def _build_notebook(name: str, folder: Path) -> nbformat.NotebookNode:
-    """The notebook, with the outputs of having been run."""
+    """Build and execute the notebook."""
     kernelspec = {"display_name": "python3", "language": "python", "name": "python3"}
     cells = list(_parse_cells(_fill_template("new_stage.md", name)))
     notebook = new_notebook(cells=cells, metadata={"kernelspec": kernelspec})
@@ -67,7 +67,7 @@ def _build_notebook(name: str, folder: Path) -> nbformat.NotebookNode:
 def new_stage(name: str, after: str) -> list[Path]:
     """Write a stage's notebook, its test, its graph entry and its module; returns the files.
 
-    Raises `PipelineError`; nothing is written then.
+    Raises `PipelineError` before it writes any file.
     """
     root = find_project_root()
     _check_name(name, root)
@@ -79,16 +79,14 @@ def new_stage(name: str, after: str) -> list[Path]:
     test = root / "tests" / f"test_{name}.py"
     test.write_text(_fill_template("new_stage_test.txt", name), encoding="utf-8")
     notebook_path = notebook.relative_to(root).as_posix()
-    graph_entry = f"  {name}:\n    notebook: {notebook_path}\n    after: [{after}]\n    headline: {{units: units}}\n"
+    graph_entry = (
+        f"  {name}:\n    notebook: {notebook_path}\n    after: [{after}]\n"
+        "    headline: {units: units}\n"
+    )
     pipeline_text = PIPELINE_FILE.read_text(encoding="utf-8").rstrip("\n")
     PIPELINE_FILE.write_text(f"{pipeline_text}\n{graph_entry}", encoding="utf-8")
-    sort_imports = [
-        "ruff",
-        "check",
-        "--fix",
-        "--quiet",
-        str(test),
-    ]  # of imports, which the name decides
+    # the order of the imports depends on the name
+    sort_imports = ["ruff", "check", "--fix", "--quiet", str(test)]
     for tool, *arguments in (["nbdev-export"], ["nbdev-clean"], sort_imports):
         command = [str(Path(sys.executable).with_name(tool)), *arguments]
         subprocess.run(command, check=True, cwd=root)

@@ -1,4 +1,4 @@
-"""Runs stages in their order, side by side where they can; cleans up after dead runs."""
+"""Run stages in order, in parallel where possible, and recover from dead runs."""
 
 import shutil
 import signal
@@ -27,12 +27,12 @@ SUCCESS_STATES = ("succeeded", "cached")
 
 
 class StageError(RuntimeError):
-    """Stages that did not succeed; the message says why, and names the notebooks to look at."""
+    """Stages did not succeed; the message has their causes and notebooks."""
 
     def __init__(
         self, stage_runs: Sequence[StageRun], stop_reason: Outcome | None, lake: Lake
     ) -> None:
-        """All entries of the run, and why it was stopped, if it was."""
+        """Build the message from all stage runs and the reason of a stop, if any."""
         messages = [
             f"stage {e.stage!r} {e.state}: {e.error}"
             + (f"\nnotebook: {lake.path(e.notebook)}" if e.notebook else "")
@@ -48,7 +48,7 @@ class StageError(RuntimeError):
 
 
 def _remove_stale_temp_dirs() -> None:
-    """Remove the temporary folders of runners that are no more."""
+    """Remove the temporary folders of dead runners."""
     for folder in Path(gettempdir()).glob(f"{TEMP_PREFIX}*-*"):
         pid = folder.name.removeprefix(TEMP_PREFIX).partition("-")[0]
         if pid.isdigit() and not psutil.pid_exists(int(pid)):
@@ -56,9 +56,9 @@ def _remove_stale_temp_dirs() -> None:
 
 
 def recover(lake: Lake, stages: Sequence[str], display: RunDisplay) -> list[StageRun]:
-    """Close and clean up what dead runs left of these stages; returns the ledger's entries.
+    """Record dead runs of these stages as lost and restore their tables; returns all stage runs.
 
-    Only while holding the stages' leases: whatever is half done then belongs to nobody.
+    The caller must hold the stages' leases, so that no live run owns incomplete writes.
     """
     _remove_stale_temp_dirs()
     reserve_space(lake)
@@ -81,19 +81,18 @@ def recover(lake: Lake, stages: Sequence[str], display: RunDisplay) -> list[Stag
         )
         if stage not in published or (last and last.state != "succeeded"):
             for name in restore_published(lake, stage):
-                display.log(
-                    f"{name}: took back what {last.run_id if last else 'a run'} left undone"
-                )
+                run_label = f"run {last.run_id}" if last else "a run"
+                display.log(f"{name}: restored the published version after {run_label}")
     return stage_runs
 
 
 def always_run(job: Job) -> Decision:
-    """Run the stage, whatever there is."""
-    return Decision("asked for", compute_cache_key(job.stage, job.parameters.values))
+    """Run the stage regardless of earlier runs."""
+    return Decision("requested", compute_cache_key(job.stage, job.parameters.values))
 
 
 class Scheduler:
-    """Jobs that run side by side, as far as their stages' order and `limit` allow."""
+    """Run jobs in parallel, as far as their stages' order and `limit` allow."""
 
     def __init__(
         self,
@@ -104,23 +103,23 @@ class Scheduler:
         limit: int,
         stage_runner: Any = run_stage,
     ) -> None:
-        """Nothing runs yet; `stage_runner` runs a stage once, see `run_stage`."""
+        """Prepare the jobs; `stage_runner` runs a stage once, see `run_stage`."""
         self.stage_runner = stage_runner
         self.lake, self.display, self.hooks, self.limit = lake, display, hooks, limit
         self.waiting = list(jobs)
         self.running: dict[Future[StageRun], tuple[Job, StageMonitor]] = {}
         self.finished: list[StageRun] = []
-        self.recorded: set[str] = set()  # runs whose note is written
-        self.failed_stages: set[str] = set()  # stages after which nothing can run
+        self.recorded: set[str] = set()  # runs whose run.json is written
+        self.failed_stages: set[str] = set()  # stages whose downstream stages cannot run
         self.stop_reason: Outcome | None = None
         self.published = read_published(lake)
 
     def stop(self, cause: str) -> None:
-        """Start nothing more; what runs is ended at the next turn. A signal may call this."""
+        """Start no further stages and stop the running ones. A signal handler may call this."""
         self.stop_reason = Outcome("stopped", cause)
 
     def run(self, decide_job: Callable[[Job], Decision] = always_run) -> list[StageRun]:
-        """Run all jobs that have to; raises `StageError` at the end when some did not succeed."""
+        """Run all jobs that must run; raises `StageError` at the end if any did not succeed."""
         with ThreadPoolExecutor(self.limit) as pool, _handle_signals(self.stop), self.display:
             while (self.waiting and not self.stop_reason) or self.running:
                 self._start_ready(pool, decide_job)
@@ -147,9 +146,7 @@ class Scheduler:
                 continue
             if job.run_id not in self.recorded:
                 record_path = self.lake.path("runs", job.run_id, "run.json")
-                if (
-                    not record_path.exists()
-                ):  # else the run goes on, and its tables before are noted
+                if not record_path.exists():  # it exists when an earlier run is continued
                     write_json(record_path, self._build_run_record(job))
                 self.recorded.add(job.run_id)
             monitor = StageMonitor(job.stage.name, job.run_id)
@@ -158,16 +155,16 @@ class Scheduler:
                 monitor,
             )
             self.display.on_started(monitor, decision.reason)
-            import nbconvert.exporters  # noqa: F401 - needed soon; the kernel is starting meanwhile
+            import nbconvert.exporters  # noqa: F401 - preloaded while the kernel starts
 
     def _get_ready_jobs(self) -> list[Job]:
-        """Jobs that wait for no other; those after one that did not succeed are dropped."""
+        """Return the jobs with no pending upstream stage; drop those with a failed one."""
         self.failed_stages |= {e.stage for e in self.finished if e.state not in SUCCESS_STATES}
         for job in list(self.waiting):
             if failed := self.failed_stages & {*job.stage.after}:
                 self.waiting.remove(job)
                 self.failed_stages.add(job.stage.name)
-                self.display.log(f"{job.stage.name}: not run, since {', '.join(failed)} has not")
+                self.display.log(f"{job.stage.name}: not run, because {', '.join(failed)} failed")
         pending = {j.stage.name for j in self.waiting}
         pending |= {j.stage.name for j, _ in self.running.values()}
         return [j for j in self.waiting if not pending & {*j.stage.after}]
@@ -182,9 +179,7 @@ class Scheduler:
             )
             if not should_retry or monitor.attempt > job.stage.retries:
                 return stage_run
-            self.display.log(
-                f"{stage_run.stage}: {stage_run.state} ({stage_run.error}); trying again, as declared"
-            )
+            self.display.log(f"{stage_run.stage}: {stage_run.state} ({stage_run.error}); retrying")
             if sum(j.stage == job.stage for j, _ in self.running.values()) == 1:
                 restore_published(self.lake, stage_run.stage)
             monitor.restart()
@@ -201,7 +196,7 @@ class Scheduler:
         job, _ = self.running.pop(future)
         try:
             stage_run = future.result()
-        except Exception as err:  # the next run will find the row open, and close it as lost
+        except Exception as err:  # the next run will record the open row as lost
             cause = f"it could not be recorded: {type(err).__name__}: {err}"
             stage_run = StageRun(job.run_id, job.stage.name, {}, "", "failed", error=cause)
         self.finished.append(stage_run)
@@ -211,7 +206,7 @@ class Scheduler:
             self._render_page(job.run_id)
 
     def _build_run_record(self, job: Job) -> dict[str, Any]:
-        """What it takes to repeat the run: its code, and the tables as they were before it."""
+        """Build the data needed to reproduce the run: its commit and the table versions before."""
         started = datetime.now(UTC).isoformat(timespec="seconds")
         commit = get_git_commit(job.root)
         return {
@@ -236,7 +231,7 @@ class Scheduler:
 
 @contextmanager
 def _handle_signals(on_signal: Callable[[str], None]) -> Iterator[None]:
-    """SIGTERM and Ctrl-C end the run in order; only the main thread can be told."""
+    """Stop the run in order at SIGTERM and Ctrl-C; handlers work in the main thread only."""
 
     def handle(signal_number: int, _: Any) -> None:
         on_signal(f"the runner got {signal.Signals(signal_number).name}")
@@ -259,9 +254,9 @@ def run_jobs(
     limit: int = 2,
     force: bool = False,
 ) -> list[StageRun]:
-    """Run jobs whose stages' leases are held; what has not changed is taken from earlier runs.
+    """Run jobs while holding their stages' leases; unchanged stages are cached.
 
-    Raises `StageError` when stages did not succeed; those that do not depend on them ran.
+    Raises `StageError` when stages did not succeed; stages that do not depend on them have run.
     """
     stage_runs = recover(lake, [job.stage.name for job in jobs], display)
     scheduler = Scheduler(lake, jobs, display, hooks, limit)

@@ -1,4 +1,4 @@
-"""Runs one stage: its notebook through papermill, what it leaves to the lake and the ledger."""
+"""Run one stage: execute its notebook with papermill, save its outputs and record the run."""
 
 import logging
 import os
@@ -19,24 +19,24 @@ from runner.graph import Stage, find_project_root
 from runner.monitor import StageMonitor, monitoring
 from runner.parameters import ResolvedParameters
 
-TEMP_PREFIX = "hm-run-"  # and the runner's process id
+TEMP_PREFIX = "hm-run-"  # followed by the runner's process id
 RESERVE_BYTES = 8_000_000
 
 
 @dataclass(frozen=True)
 class Job:
-    """A stage that shall run, its parameters, and the name of the run it belongs to."""
+    """A stage to run, its parameters, and the id of its run."""
 
     stage: Stage
     parameters: ResolvedParameters
     run_id: str
-    root: Path = field(default_factory=find_project_root)  # the checkout that its code comes from
+    root: Path = field(default_factory=find_project_root)  # the checkout with its code
 
 
 def _execute_notebook(
     job: Job, output: Path, parameters: dict[str, Any], monitor: StageMonitor, display: RunDisplay
 ) -> Outcome:
-    """Execute into `output`; the outcome is that of the kernel's process, not of the notebook."""
+    """Execute the notebook into `output`; returns the outcome of the kernel's process."""
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
     from nbclient.exceptions import DeadKernelError
     from papermill import execute_notebook
@@ -44,8 +44,8 @@ def _execute_notebook(
 
     from runner.engine import ENGINE
 
-    # papermill reads types of its own from the parameters cell, and warns of those it cannot read;
-    # `runner.parameters` has checked names and types before
+    # papermill also parses types in the parameters cell, and warns of those that it cannot parse;
+    # `runner.parameters` has already validated names and types
     logging.getLogger("papermill").setLevel(logging.ERROR)
     # an idle thread of LightGBM or Polars should not spin while another process works
     env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "TMPDIR": str(output.parent)}
@@ -70,7 +70,7 @@ def _execute_notebook(
     except DeadKernelError as err:
         return monitor.get_exit_outcome() or Outcome("killed", str(err))
     except Exception as err:
-        # jupyter_client's words for a kernel that ends while it starts
+        # jupyter_client's message for a kernel that dies while it starts
         exit_outcome = monitor.get_exit_outcome() if "Kernel died" in str(err) else None
         return (
             monitor.stop_reason or exit_outcome or Outcome("failed", f"{type(err).__name__}: {err}")
@@ -81,14 +81,14 @@ def _execute_notebook(
 def run_stage(
     lake: Lake, job: Job, cache_key: dict[str, Any], monitor: StageMonitor, display: RunDisplay
 ) -> StageRun:
-    """Run one stage once and keep what it left: notebook, report, manifest, ledger."""
+    """Run one stage once; save notebook and report, extend the manifest, record the stage run."""
     parameters = job.parameters.values | {"lake": lake.root, "run_id": job.run_id}
     stage_run = StageRun(
         job.run_id, job.stage.name, parameters, get_git_commit(job.root), cache_key=cache_key
     )
     stage_run.origins, stage_run.attempt = job.parameters.origins, monitor.attempt
     record(lake, stage_run)
-    # a manifest of an earlier attempt says nothing about this one
+    # a manifest of an earlier attempt is not valid for this one
     lake.path("runs", stage_run.run_id, f"{stage_run.stage}.json").unlink(missing_ok=True)
     with TemporaryDirectory(prefix=f"{TEMP_PREFIX}{os.getpid()}-") as folder:
         output = Path(folder) / f"{stage_run.stage}.ipynb"
@@ -107,7 +107,7 @@ def run_stage(
 
 
 def _save_outputs(lake: Lake, stage_run: StageRun, notebook: nbformat.NotebookNode) -> None:
-    """Keep the executed notebook and its report; one that did not succeed says so on top."""
+    """Save the executed notebook and its report, with a banner if the stage did not succeed."""
     if stage_run.state != "succeeded":
         add_banner(notebook, stage_run)
     stage_run.notebook = f"runs/{stage_run.run_id}/{stage_run.stage}.ipynb"
@@ -117,7 +117,7 @@ def _save_outputs(lake: Lake, stage_run: StageRun, notebook: nbformat.NotebookNo
 
 
 def _apply_manifest(lake: Lake, stage_run: StageRun) -> Outcome:
-    """Take over what the notebook's manifest says, and add to it what the runner knows."""
+    """Copy the manifest's fields to the stage run, and add the runner's fields to the manifest."""
     try:
         manifest = read_manifest(lake, stage_run.run_id, stage_run.stage)
     except FileNotFoundError:
@@ -140,7 +140,7 @@ def _get_reserve_path(lake: Lake) -> Path | None:
 
 
 def reserve_space(lake: Lake) -> None:
-    """Keep some space of the lake's disk, so that a run that fills it can still be recorded."""
+    """Reserve disk space in the lake, so that a run that fills the disk can still be recorded."""
     path = _get_reserve_path(lake)
     if path and not path.is_file():
         write_file(path, bytes(RESERVE_BYTES))

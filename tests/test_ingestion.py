@@ -206,7 +206,7 @@ def test_unknown_column_is_named(lake, files):
         ingest(lake, str(files))
     assert ingest(lake, str(files), allow_extra_columns=True)[1].valid_rows == 2_000
     edit_csv(files / "articles.csv", lambda f: f.rename({"prod_name": "product_name"}))
-    with pytest.raises(ValueError, match="prod_name may be 'product_name' here"):
+    with pytest.raises(ValueError, match="prod_name may be named 'product_name'"):
         ingest(lake, str(files), allow_extra_columns=True)
 
 

@@ -51,7 +51,7 @@ def test_ranker_without_improvement_stays_candidate():
     result = evaluate(history, plan, RankerSettings(rounds=3))
     comparison = replace(
         compare_with_baselines(result.scores),
-        lead=Interval(0.001, -0.001, 0.003),
+        improvement=Interval(0.001, -0.001, 0.003),
         baseline=BASELINE,
     )
     provenance = Provenance("r1", {})

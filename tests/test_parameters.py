@@ -215,7 +215,7 @@ def test_params_command_prints_table():
         "2",
         "4",
     )
-    assert "judged" in weeks["meaning"]
+    assert "compared" in weeks["meaning"]
     assert "learning_rate" in cli_runner.invoke(app, ["params", "training"]).output
     assert "HM_TEST_ARTICLE" not in os.environ
 

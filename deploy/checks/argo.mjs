@@ -24,7 +24,7 @@ for (const [n, document] of documents.entries()) {
   const name = `${document.kind}/${document.metadata.name}`;
   const home = HOME[document.kind];
   if (!home) {
-    fault(`${name}: nobody knows this kind`);
+    fault(`${name}: unknown kind`);
     continue;
   }
   const from = `${home}/argoproj.io/v1alpha1`;

@@ -115,15 +115,10 @@ def articles_section(
     recent = aggregate_by_article(
         purchases.filter(pl.col("day") > days[1] - timedelta(days=WARM_UP_DAYS))
     )
-    life, new_by_week, bands = (
-        compute_life_curve(purchases, sold_articles, days),
-        count_new_by_week(sold_articles, days),
-        compute_price_bands(sold_articles),
-    )
-    concentration, gini = (
-        compute_concentration(sold_articles["units"]),
-        compute_gini(sold_articles["units"]),
-    )
+    life = compute_life_curve(purchases, sold_articles, days)
+    new_by_week = count_new_by_week(sold_articles, days)
+    bands, units = compute_price_bands(sold_articles), sold_articles["units"]
+    concentration, gini = compute_concentration(units), compute_gini(units)
     unsold_share = 1 - recent.height / max(catalogue.height, 1)
     half_life = life.filter(pl.col("share").cum_sum() >= 0.5)["week"]
     weeks = int(half_life[0]) + 1 if half_life.len() else None

@@ -174,6 +174,21 @@ def check_layout(arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
     return sizes
 
 # %% ../../nbs/serving/01_snapshot.ipynb #6f854122
+def _check_neighbour_lists(index: ArticleIndex) -> None:
+    """Check each table of lists: how many it has at least, and what its items refer to."""
+    n_articles, n_neighbours = len(index.popularity), len(index.user_knn_customer)
+    n_products, n_departments = (int(index.attributes[:, n].max(initial=0)) + 1 for n in range(2))
+    min_lists = dict.fromkeys(
+        ("item_knn", "item_confidence", "co_basket", "next_basket", "user_knn_index"), n_articles
+    )
+    min_lists |= {"top_by_product": n_products, "top_by_department": n_departments}
+    min_lists |= {"top_by_age": len(AGE_BAND_EDGES) + 1, "top_by_channel": ONLINE + 1}
+    min_lists |= {"top_overall": 1, "trending": 1, "user_knn": n_neighbours}
+    for name, count in min_lists.items():
+        limit = n_neighbours if name == "user_knn_index" else n_articles
+        _check_csr(f"index.{name}", getattr(index, name), count, limit)
+
+
 def check_indices(
     index: ArticleIndex,
     customers: CustomerArrays,
@@ -183,28 +198,7 @@ def check_indices(
 ) -> None:
     """Raise `SnapshotError` when an index is out of bounds."""
     n_articles, n_neighbours = len(index.popularity), len(index.user_knn_customer)
-    n_attribute_values = [int(index.attributes[:, n].max(initial=0)) + 1 for n in range(2)]
-    min_lists_by_name = dict.fromkeys(
-        ("item_knn", "item_confidence", "co_basket", "next_basket", "user_knn_index"), n_articles
-    )
-    min_lists_by_name |= {
-        "top_by_product": n_attribute_values[0],
-        "top_by_department": n_attribute_values[1],
-        "user_knn": n_neighbours,
-    }
-    min_lists_by_name |= {
-        "top_by_age": len(AGE_BAND_EDGES) + 1,
-        "top_by_channel": ONLINE + 1,
-        "top_overall": 1,
-        "trending": 1,
-    }
-    for name, min_lists in min_lists_by_name.items():
-        _check_csr(
-            f"index.{name}",
-            getattr(index, name),
-            min_lists,
-            n_neighbours if name == "user_knn_index" else n_articles,
-        )
+    _check_neighbour_lists(index)
     _check_lists(
         "customers", customers.start, len(customers.customer), customers.article, n_articles
     )

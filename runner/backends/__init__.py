@@ -1,1 +1,1 @@
-"""Where stages run besides this machine: Ray, Argo Workflows, KubeRay."""
+"""Backends that run stages on other machines: Ray, Argo Workflows, KubeRay."""

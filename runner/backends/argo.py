@@ -1,8 +1,8 @@
-"""The pipeline for Argo Workflows: a template made from the steps of the graph, and its schedule.
+"""The pipeline for Argo Workflows: a template built from the steps of the graph, and its schedule.
 
-One container a step. Steps hand on tables through the lake, by published versions, so nothing is
-passed between containers; executed notebooks and reports lie in the lake, too. The parameters of
-all steps are the workflow's, seen and changed in its form.
+Each step has one container. Steps share tables through published versions in the lake, so no data
+are passed between containers; executed notebooks and reports are in the lake, too. The parameters
+of all steps are parameters of the workflow, which its form shows and changes.
 """
 
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ from runner.backends.kubernetes import (
     to_yaml,
 )
 
-# a step runs again when its machine was lost or it was killed, not when its notebook failed
+# retry a step when its machine was lost or it was killed, not when its notebook failed
 RETRY_EXPRESSION = "lastRetry.status == 'Error' or lastRetry.exitCode in ['137', '143']"
 
 
 def _build_container(step: Step) -> dict[str, Any]:
-    """The template of a step."""
+    """Build the template of a step."""
     prefix = f"workflow.parameters.{step.slug}"
     assignments = [f"{name}={{{{{prefix}-{name}}}}}" for name in step.parameters]
     arguments = [argument for assignment in assignments for argument in ("-p", assignment)]
@@ -79,7 +79,7 @@ NIGHTLY_SCHEDULE = "0 3 * * *"
 
 
 def build_workflows(steps: Sequence[Step], schedule: str = NIGHTLY_SCHEDULE) -> str:
-    """The manifests of WorkflowTemplate and CronWorkflow, as YAML."""
+    """Build the manifests of WorkflowTemplate and CronWorkflow, as YAML."""
     metadata = {"name": PIPELINE_NAME, "labels": {"app.kubernetes.io/name": PIPELINE_NAME}}
     specs = {
         "WorkflowTemplate": _build_template(steps),

@@ -1,10 +1,10 @@
 """The pipeline for a Ray cluster on Kubernetes: one RayJob that starts its cluster and removes it.
 
-KubeRay starts a head and workers, runs `hm run --backend ray` on the head, and removes all of it when
-that has ended. Each stage is then a job of that cluster (`ray_jobs`), on a worker that has what the
-stage asks for; its shards go to all workers. The head coordinates, and runs no task. A worker has
-the memory of the largest stage and half as much again: Ray keeps three tenths of a machine's memory
-for its object store. https://docs.ray.io/en/latest/cluster/kubernetes/index.html
+KubeRay starts a head and workers, runs `hm run --backend ray` on the head, and removes all of them
+when it has ended. Each stage is a job of that cluster (`ray_jobs`), on a worker with the resources
+that the stage requests; its shards go to all workers. The head coordinates and runs no task. A
+worker has 1.5 times the memory of the largest stage, because Ray uses three tenths of a machine's
+memory for its object store. https://docs.ray.io/en/latest/cluster/kubernetes/index.html
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ HEAD_PORTS = {"gcs-server": 6379, "dashboard": 8265, "client": 10_001}
 
 
 def _build_pod(name: str, resources: dict[str, Any], ports: dict[str, int]) -> dict[str, Any]:
-    """The pod of a node of the cluster."""
+    """Build the pod of a node of the cluster."""
     container: dict[str, Any] = {
         "name": name,
         "image": CLUSTER_IMAGE,
@@ -54,7 +54,7 @@ def _build_pod(name: str, resources: dict[str, Any], ports: dict[str, int]) -> d
 
 
 def build_worker_resources(steps: Sequence[Step]) -> dict[str, Any]:
-    """What a worker asks for: enough for each step, and a core for its shards beside it."""
+    """Compute a worker's resources: enough for each step, and one more core for its shards."""
     memory = max(_to_gibibytes(step.memory) for step in steps)
     gpus = max(step.gpu for step in steps)
     gpu = {"nvidia.com/gpu": str(gpus)} if gpus else {}
@@ -67,12 +67,12 @@ def build_worker_resources(steps: Sequence[Step]) -> dict[str, Any]:
 
 
 def _to_gibibytes(memory: str) -> int:
-    """Whole Gi, at least."""
+    """Convert a memory size to Gi, rounded up."""
     return -(-int(memory[:-2]) // {"Gi": 1, "Mi": 1024}[memory[-2:]])
 
 
 def build_ray_job(steps: Sequence[Step], workers: int = 2) -> str:
-    """The RayJob that runs all steps on a cluster of its own with so many workers, as YAML."""
+    """Build the RayJob that runs all steps on its own cluster of `workers`, as YAML."""
     group = {
         "groupName": "workers",
         "replicas": workers,
@@ -87,11 +87,11 @@ def build_ray_job(steps: Sequence[Step], workers: int = 2) -> str:
     }
     job = {
         "entrypoint": "hm run --backend ray",
-        "submissionMode": "HTTPMode",  # the operator submits it; no pod of its own
+        "submissionMode": "HTTPMode",  # the operator submits the job without a pod
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": 600,
         "activeDeadlineSeconds": 21_600,
-        "backoffLimit": 0,  # stages are tried again as they declare
+        "backoffLimit": 0,  # each stage declares its retries
         "rayClusterSpec": {"headGroupSpec": head, "workerGroupSpecs": [group]},
     }
     metadata = {"name": RAY_NAME, "labels": {"app.kubernetes.io/name": RAY_NAME}}

@@ -1,4 +1,4 @@
-"""Stages as jobs of a Ray cluster: each is `hm run STAGE` on one of its machines."""
+"""Run stages as jobs of a Ray cluster: each is `hm run STAGE` on one of its machines."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,7 +32,7 @@ def _run_on_ray(
     monitor: StageMonitor,
     display: RunDisplay,
 ) -> StageRun:
-    """Run a stage there, under the same run; what it entered into the ledger."""
+    """Run a stage on Ray with the same run id; returns the stage run that the job recorded."""
     stage, parameters = job.stage, to_cli_args(job.parameters.values)
     args = ["hm", "run", stage.name, "--run-id", job.run_id, "--lake", lake.root]
     args += ["--force"] * force + [
@@ -51,11 +51,11 @@ def _run_on_ray(
         on_output,
         lambda: monitor.stop_reason is None,
     )
-    monitor.attempt = stage.retries + 1  # it has tried again there, as declared
+    monitor.attempt = stage.retries + 1  # the job has done the declared retries
     stage_runs = [e for e in read_runs(lake) if e.stage == stage.name and e.state != "running"]
     if recorded := [e for e in stage_runs if e.run_id == job.run_id]:
         return recorded[-1]
-    if status == "SUCCEEDED":  # a run in which nothing is run enters nothing
+    if status == "SUCCEEDED":  # a job whose stage was cached records no stage run
         cached_run = next(e for e in reversed(stage_runs) if e.state == "succeeded")
         cause = f"unchanged since run {cached_run.run_id}"
         return replace(cached_run, run_id=job.run_id, state="cached", seconds=0.0, error=cause)
@@ -67,7 +67,7 @@ def _run_on_ray(
 def run_on_ray(
     lake: Lake, jobs: Sequence[Job], display: RunDisplay, hooks: Hooks, limit: int, force: bool
 ) -> list[StageRun]:
-    """Run jobs on the cluster, which decides there what has to run, and takes the leases.
+    """Run jobs on the cluster; each Ray job acquires the lease and decides whether to run.
 
     Raises `BackendError` when there is no cluster, `StageError` when stages did not succeed.
     """

@@ -1,9 +1,9 @@
-"""Commands as jobs of a Ray cluster, with the resources they ask for; their output is followed.
+"""Run commands as jobs of a Ray cluster with the requested resources, and forward their output.
 
-Ray's job server starts a command on a machine that has the CPUs, the memory and the GPUs which it
-asks for, keeps its output, and goes on when the connection is lost. Nothing is sent but the
-command: the machines have the code (the project's image, or the same checkout) and credentials of
-their own, and reach the lake by its name.
+Ray's job server starts a command on a machine with the CPUs, the memory and the GPUs that it
+requests, stores its output, and continues when the connection is lost. Only the command is sent:
+the machines have the code (the project's image, or the same checkout) and their own credentials,
+and access the lake by its URI.
 https://docs.ray.io/en/latest/cluster/running-applications/job-submission/index.html
 """
 
@@ -17,16 +17,16 @@ from uuid import uuid4
 from hm_reco.lake.runs import JOB_URL_VARIABLE
 from hm_reco.lake.settings import Settings
 
-DASHBOARD_PORT = 8265  # of the dashboard, where the job server is
-POLL_SECONDS = 0.5  # seconds between two looks at a job
+DASHBOARD_PORT = 8265  # of the dashboard with the job server
+POLL_SECONDS = 0.5  # between two polls of a job
 
 
 class BackendError(RuntimeError):
-    """The cluster that stages shall run on is not there, or cannot be reached."""
+    """The cluster is not configured, does not exist or cannot be reached."""
 
 
 def get_dashboard_url(settings: Settings) -> str:
-    """Where the dashboard of the cluster is: as the settings say, or at Ray's usual port."""
+    """Return the URL of the cluster's dashboard: from the settings, or at Ray's default port."""
     if settings.ray_dashboard:
         return settings.ray_dashboard.rstrip("/")
     host = settings.ray_address.removeprefix("ray://").rpartition(":")[0] or "127.0.0.1"
@@ -35,14 +35,14 @@ def get_dashboard_url(settings: Settings) -> str:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a command needs of the machine it runs on."""
+    """The resources that a command needs on its machine."""
 
     cpus: float = 1
     memory: str = "8Gi"
     gpu: int = 0
 
     def to_options(self) -> dict[str, Any]:
-        """In Ray's words, memory in bytes."""
+        """Convert to Ray's job options; memory in bytes."""
         units = {"Mi": 2**20, "Gi": 2**30}
         memory = int(self.memory[:-2]) * units[self.memory[-2:]]
         return {
@@ -53,7 +53,7 @@ class Resources:
 
 
 def get_job_client(dashboard: str) -> Any:
-    """The job server at `dashboard`. Raises `BackendError` when there is none."""
+    """Connect to the job server at `dashboard`. Raises `BackendError` when there is none."""
     try:
         from ray.job_submission import JobSubmissionClient
     except ModuleNotFoundError as err:
@@ -62,7 +62,7 @@ def get_job_client(dashboard: str) -> Any:
         return JobSubmissionClient(dashboard)
     except (ConnectionError, RuntimeError) as err:
         raise BackendError(
-            f"no Ray dashboard at {dashboard}, which takes jobs; HM_RAY_DASHBOARD says where it is"
+            f"no Ray dashboard at {dashboard}; set HM_RAY_DASHBOARD to the URL that accepts jobs"
         ) from err
 
 
@@ -74,9 +74,9 @@ def run_job(
     on_output: Callable[[str], object] = print,
     should_continue: Callable[[], bool] = lambda: True,
 ) -> tuple[str, str]:
-    """Run a command as a job: how it ended (SUCCEEDED, FAILED, STOPPED), and what Ray says of it.
+    """Run a command as a job; returns its status (SUCCEEDED, FAILED, STOPPED) and Ray's message.
 
-    The command finds the cluster in `HM_RAY_ADDRESS` and its page in the dashboard in `HM_JOB_URL`.
+    The command gets the cluster in `HM_RAY_ADDRESS` and the URL of the job's page in `HM_JOB_URL`.
     """
     job_id, forwarded = f"{name}-{uuid4().hex[:6]}", ""
     environment = (
@@ -88,9 +88,9 @@ def run_job(
     while not (status := client.get_job_status(job_id)).is_terminal():
         if not should_continue():
             client.stop_job(job_id)
-            if status.value == "PENDING":  # it will not be run, but Ray keeps it in its queue
+            if status.value == "PENDING":  # it will not run, but Ray keeps it in its queue
                 return "STOPPED", _read_message(client, job_id)
-        # as long as it waits, Ray says for what
+        # while the job waits, Ray's message has the reason
         forwarded = _forward_output(
             forwarded, _read_logs(client, job_id) or _read_message(client, job_id), on_output
         )
@@ -108,7 +108,7 @@ def _read_message(client: Any, job_id: str) -> str:
 
 
 def _forward_output(forwarded: str, text: str, on_output: Callable[[str], object]) -> str:
-    """Hand on what was not heard yet."""
+    """Forward the output that was not forwarded yet; returns all of it."""
     new_text = text.removeprefix(forwarded)
     if new_text:
         on_output(new_text)

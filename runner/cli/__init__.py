@@ -1,4 +1,4 @@
-"""The command `hm`: run the stages, see how runs went, serve the model and the reports."""
+"""The command `hm`: run the stages, list the runs, serve the model and the reports."""
 
 import sys
 from typing import Annotated
@@ -11,7 +11,7 @@ from runner.cli.options import console, get_library_hooks
 
 
 def _refresh_index(result: object, **_: object) -> None:
-    """A command that changes what the index of the reports tells returns its lake."""
+    """Render the index of the reports after a command that returns its lake."""
     from runner.render import render_index
 
     if isinstance(result, Lake):
@@ -31,15 +31,14 @@ app = typer.Typer(
 def root(
     version: Annotated[bool, typer.Option("--version", help="Version and commit.")] = False,
 ) -> None:
-    """Raw fashion purchases become served recommendations."""
+    """Turn raw fashion purchases into served recommendations."""
     if version:
         from hm_reco.lake.fingerprint import get_package_version
         from hm_reco.lake.runs import get_git_commit
         from runner.graph import find_project_root
 
-        console.print(
-            f"hm-reco {get_package_version(find_project_root())} ({get_git_commit(find_project_root())})"
-        )
+        root = find_project_root()
+        console.print(f"hm-reco {get_package_version(root)} ({get_git_commit(root)})")
         raise typer.Exit
 
 
@@ -48,7 +47,7 @@ for command_module in (run, lake, serve, models, project):
 
 
 def main() -> None:
-    """The command `hm`."""
+    """Run the command `hm`."""
     try:
         app()
     except ModuleNotFoundError as err:

@@ -1,4 +1,4 @@
-"""Commands on what lies in a lake: tables, runs, reports."""
+"""Commands on the content of a lake: tables, runs, reports."""
 
 import re
 import webbrowser
@@ -25,7 +25,7 @@ app.add_typer(lake_app, name="lake")
 def list_tables(
     context: typer.Context, lake: LakeOption = None, as_json: JsonOption = False
 ) -> None:
-    """List a lake's tables with versions, rows and sizes; or clean it up by `vacuum`."""
+    """List a lake's tables with versions, rows and sizes; `vacuum` cleans it up."""
     from hm_reco.lake.maintenance import describe_tables
 
     if context.invoked_subcommand is None:
@@ -39,13 +39,15 @@ def list_tables(
 
 @lake_app.command("vacuum")
 def vacuum_tables(
-    retention: Annotated[str, typer.Option(help="Keep what was visible within this time.")] = "30d",
+    retention: Annotated[
+        str, typer.Option(help="Keep versions that were visible within this time.")
+    ] = "30d",
     lake: LakeOption = None,
-    dry_run: Annotated[bool, typer.Option(help="Only count what would go.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Only count the files to remove.")] = False,
     wait: WaitOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove old versions' files, but none that a registered model or a kept run refers to."""
+    """Remove files of old versions that no registered model or pinned run refers to."""
     from hm_reco.lake.maintenance import vacuum
 
     with user_errors():
@@ -63,11 +65,11 @@ def vacuum_tables(
 @app.command()
 def runs(
     lake: LakeOption = None,
-    pin: Annotated[str | None, typer.Option(help="Never let go what this run refers to.")] = None,
-    last: Annotated[int, typer.Option(help="Entries to show; 0: all.", min=0)] = 40,
+    pin: Annotated[str | None, typer.Option(help="Run whose versions are never removed.")] = None,
+    last: Annotated[int, typer.Option(help="Stage runs to show; 0: all.", min=0)] = 40,
     as_json: JsonOption = False,
 ) -> None:
-    """List what ran in a lake, the newest last: stages, states, times, cost."""
+    """List the stage runs of a lake, the latest last: states, times, cost."""
     from hm_reco.lake.maintenance import pin_run
     from hm_reco.lake.runs import list_hosts, read_runs
 
@@ -101,14 +103,14 @@ def report(
     run_id: Annotated[str, typer.Argument(help="Default: the index of all runs.")] = "",
     lake: LakeOption = None,
 ) -> None:
-    """Open the reports in a browser, or say where they are."""
+    """Open the reports in a browser, or print their location."""
     with user_errors():
         target = open_lake(lake)
         path = target.path("reports", *([run_id] if run_id else []), "index.html")
         if not path.exists():
-            raise LookupError(f"no report at {path}; hm runs lists what ran")
+            raise LookupError(f"no report at {path}; hm runs lists the runs")
         if target.client:
-            text = f"{path}; to read it here: hm serve, then http://127.0.0.1:8080/reports/"
+            text = f"{path}; to open it: hm serve, then http://127.0.0.1:8080/reports/"
             return console.print(text, soft_wrap=True)
         console.print(str(path), soft_wrap=True)
         webbrowser.open(Path(str(path)).as_uri())

@@ -13,7 +13,7 @@ app = typer.Typer()
 
 @app.command()
 def models(lake: LakeOption = None, as_json: JsonOption = False) -> None:
-    """The models of a lake, the newest first: state, MAP@12, commit, and why they serve or not."""
+    """List the models of a lake, the latest first: state, MAP@12, commit, promotion result."""
     from hm_reco.registry.registry import build_model_rows
 
     with user_errors():
@@ -27,7 +27,7 @@ VersionArgument = Annotated[
 
 
 ForceModelOption = Annotated[
-    bool, typer.Option("--force", help="Against the rule; the registry remembers.")
+    bool, typer.Option("--force", help="Skip the promotion check; the registry records it.")
 ]
 
 
@@ -35,7 +35,7 @@ ForceModelOption = Annotated[
 def promote(
     version: VersionArgument, force: ForceModelOption = False, lake: LakeOption = None
 ) -> Lake:
-    """Make a model champion, if it beats the champion and the best baseline."""
+    """Promote a model to champion, if it beats the champion and the best baseline."""
     from hm_reco.registry.registry import promote as promote_model
     from hm_reco.registry.registry import publish_immediately
 
@@ -50,7 +50,7 @@ def promote(
 
 @app.command()
 def rollback(lake: LakeOption = None) -> Lake:
-    """Take back the last promotion: the champion before serves again."""
+    """Undo the last promotion: the previous champion serves again."""
     from hm_reco.registry.registry import publish_immediately
     from hm_reco.registry.registry import rollback as roll_back
 
@@ -64,12 +64,12 @@ def rollback(lake: LakeOption = None) -> Lake:
 
 @app.command()
 def recommend(customer_id: str, lake: LakeOption = None, as_json: JsonOption = False) -> None:
-    """Show the articles that the last run recommends to a customer."""
+    """Print the articles that the last run recommends to a customer."""
     from hm_reco.serving.predictions import read_recommendations
 
     with user_errors():
         rows, is_known = read_recommendations(open_lake(lake), customer_id)
-        customer_label = f"{customer_id[:12]}…" if is_known else "a customer nobody knows"
+        customer_label = f"{customer_id[:12]}…" if is_known else "an unknown customer"
         print_rows(f"For {customer_label}", rows, as_json)
 
 

@@ -1,4 +1,4 @@
-"""Options that commands share; one way to print rows, one way to fail."""
+"""Common options of the commands, and functions to print rows and report errors."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +27,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 
 
 WaitOption = Annotated[
-    float | None, typer.Option(help="Seconds to wait for another run; default: till it ends.")
+    float | None, typer.Option(help="Seconds to wait for another run; default: until it ends.")
 ]
 
 
@@ -53,22 +53,22 @@ FileOption = Annotated[
 ]
 
 
-ForceOption = Annotated[bool, typer.Option("--force", help="Run also what has not changed.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Also run unchanged stages.")]
 
 
-JobsOption = Annotated[int, typer.Option("--jobs", help="Stages that run side by side.", min=1)]
+JobsOption = Annotated[int, typer.Option("--jobs", help="Stages that run in parallel.", min=1)]
 
 
-VerboseOption = Annotated[bool, typer.Option("-v", help="Show what the notebooks print.")]
+VerboseOption = Annotated[bool, typer.Option("-v", help="Show the output of the notebooks.")]
 
 
 WriteOption = Annotated[
-    bool, typer.Option("--write", help="Into the checkout's deploy/, not to the screen.")
+    bool, typer.Option("--write", help="Write to deploy/ in the checkout instead of printing.")
 ]
 
 
 def get_library_hooks() -> Hooks:
-    """What the runner asks of the library."""
+    """Return the library functions that the runner calls."""
     from hm_reco.data.sources import fingerprint
     from hm_reco.registry.registry import build_model_rows
 
@@ -76,7 +76,7 @@ def get_library_hooks() -> Hooks:
 
 
 def print_rows(title: str, rows: Sequence[Mapping[str, Any]], as_json: bool = False) -> None:
-    """Print rows that have the same columns, as a table without empty ones, or as JSON."""
+    """Print rows with the same columns as a table without empty columns, or as JSON."""
     if as_json:
         return print(json.dumps(rows, default=str, indent=2))
     empty = {name for name in rows[0] if all(row[name] == "" for row in rows)} if rows else set()
@@ -94,7 +94,7 @@ def print_rows(title: str, rows: Sequence[Mapping[str, Any]], as_json: bool = Fa
 
 @contextmanager
 def user_errors(*extra: type[Exception]) -> Iterator[None]:
-    """What a user can mend (and `extra`) ends the command with its message, not a traceback."""
+    """End the command with a message instead of a traceback, for user errors and `extra`."""
     s3 = (BotoCoreError, ClientError)
     handled: tuple[type[Exception], ...] = (
         ValueError,
@@ -109,6 +109,6 @@ def user_errors(*extra: type[Exception]) -> Iterator[None]:
     except handled as err:
         text = str(err.args[0] if isinstance(err, KeyError) else err)
         if isinstance(err, s3):
-            text = f"S3: {text.rstrip('.')}; expected a bucket that is there and that we may use"
+            text = f"S3: {text.rstrip('.')}; expected an existing bucket with access"
         errors.print(Text("error ", "bold red") + Text(text, "default"), soft_wrap=True)
         raise typer.Exit(getattr(err, "exit_code", 1)) from err

@@ -13,7 +13,7 @@ app = typer.Typer()
 
 @app.command()
 def check_export() -> None:
-    """Was a module of the library edited by hand? If so, how to bring that into its notebook."""
+    """List modules that were edited without their notebooks, and the commands to sync them."""
     from hm_reco.lake.fingerprint import PACKAGE_ROOT, find_unsynced_modules
 
     with user_errors():
@@ -21,8 +21,8 @@ def check_export() -> None:
         for module, notebook in unsynced.items():
             text = f"{module} was edited, {notebook} was not; the next export overwrites it."
             console.print(text, highlight=False)
-            console.print(f"  nbdev-update --fname {module}   brings the change into the notebook")
-            console.print("  nbdev-export   drops it", highlight=False)
+            console.print(f"  nbdev-update --fname {module}   copies the change to the notebook")
+            console.print("  nbdev-export   discards the change", highlight=False)
         if unsynced:
             raise typer.Exit(1)
 
@@ -34,7 +34,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="The same seed gives the same data.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Invent a fashion shop: articles, customers and two years of purchases, as CSV files."""
+    """Generate a synthetic data set: articles, customers and two years of purchases, as CSV."""
     from hm_reco.data.synthetic import write_synthetic
 
     with user_errors(), console.status(f"generating {customers:,} customers"):
@@ -45,11 +45,11 @@ def generate(
 @app.command()
 def config(
     write: Annotated[
-        bool, typer.Option("--write", help="Bring the files made from the settings up to date.")
+        bool, typer.Option("--write", help="Update the files generated from the settings.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show each setting, its value and where that comes from; secrets are masked."""
+    """Print each setting, its value and its source; secrets are masked."""
     from hm_reco.lake.settings import (
         build_aws_schema,
         explain_settings,
@@ -64,7 +64,9 @@ def config(
             return print_rows("Settings", rows if as_json else columns, as_json)
         settings_file = find_settings_file()
         if not settings_file:
-            raise LookupError("no settings.ini here or above: the files belong beside it")
+            raise LookupError(
+                "no settings.ini in this folder or above; the files belong next to it"
+            )
         folder = settings_file.parent / "config"
         folder.mkdir(exist_ok=True)
         for name, content in (
@@ -78,19 +80,19 @@ def config(
 @app.command("new-stage")
 def new_stage(
     name: Annotated[str, typer.Argument(help="Such as price_watch.")],
-    after: Annotated[str, typer.Option(help="The stage that it comes after.")] = "processing",
+    after: Annotated[str, typer.Option(help="Its upstream stage.")] = "processing",
 ) -> None:
-    """Begin a stage of your own: a notebook that runs, its place in the graph, its test."""
+    """Create a stage: a working notebook, its graph entry and its test."""
     from runner.scaffold import new_stage as create_stage
 
     with user_errors():
-        console.print("running the notebook once, on a small shop ...")
+        console.print("running the notebook once, on a small synthetic data set ...")
         for path in create_stage(name, after):
             console.print(f"written  {path}", soft_wrap=True, highlight=False)
     console.print(f"next     open it (make lab), hm run {name}, make test", highlight=False)
 
 
-manifests_app = typer.Typer(help="Write what a cluster needs to run the pipeline.")
+manifests_app = typer.Typer(help="Print or write the manifests that run the pipeline on a cluster.")
 
 
 app.add_typer(manifests_app, name="manifests")
@@ -98,7 +100,7 @@ app.add_typer(manifests_app, name="manifests")
 
 @manifests_app.callback()
 def manifests() -> None:
-    """Write what a cluster needs to run the pipeline."""
+    """Print or write the manifests that run the pipeline on a cluster."""
 
 
 def _output_manifest(name: str, render: Callable[[list[Any]], str], write: bool) -> None:
@@ -115,10 +117,10 @@ def _output_manifest(name: str, render: Callable[[list[Any]], str], write: bool)
 
 @manifests_app.command()
 def argo(
-    schedule: Annotated[str, typer.Option(help="When, as cron says it, in UTC.")] = "0 3 * * *",
+    schedule: Annotated[str, typer.Option(help="Cron expression in UTC.")] = "0 3 * * *",
     write: WriteOption = False,
 ) -> None:
-    """The graph of stages as a WorkflowTemplate and a CronWorkflow of Argo."""
+    """Output a WorkflowTemplate and a CronWorkflow of Argo for the graph of stages."""
     from runner.backends.argo import build_workflows
 
     _output_manifest("argo", lambda steps: build_workflows(steps, schedule), write)
@@ -126,10 +128,10 @@ def argo(
 
 @manifests_app.command()
 def ray(
-    workers: Annotated[int, typer.Option(min=1, help="Machines beside the head.")] = 2,
+    workers: Annotated[int, typer.Option(min=1, help="Machines in addition to the head.")] = 2,
     write: WriteOption = False,
 ) -> None:
-    """The graph of stages as a RayJob of KubeRay, with a cluster of its own."""
+    """Output a RayJob of KubeRay with its own cluster for the graph of stages."""
     from runner.backends.kuberay import build_ray_job
 
     _output_manifest("ray", lambda steps: build_ray_job(steps, workers), write)

@@ -1,4 +1,4 @@
-"""What a run found, for a person at a terminal: methods, examples, alerts."""
+"""Print the results of a run on a terminal: methods, examples, alerts."""
 
 import json
 from collections.abc import Mapping
@@ -14,26 +14,26 @@ from runner.cli.options import (
 
 
 def show_alerts(lake: Lake, fail_on: str = "") -> None:
-    """Print the alerts of the newest report on the data; exit code 1 at `fail_on` or above."""
+    """Print the alerts of the latest data report; exit code 1 at level `fail_on` or above."""
     from hm_reco.lake.runs import read_runs
 
     reports = [e.report for e in read_runs(lake) if e.stage == "eda" and e.report]
     if not reports:
-        raise LookupError(f"no report on the data of {lake.root}: hm eda --lake {lake.root}")
+        raise LookupError(f"no data report in {lake.root}: hm eda --lake {lake.root}")
     path = lake.path(*reports[-1].removesuffix(".html").split("/")).with_suffix(".json")
     alerts = [
         {"level": alert["level"], "section": section["title"], "text": alert["text"]}
         for section in json.loads(path.read_text())["sections"]
         for alert in section["alerts"]
     ]
-    print_rows("Alerts" if alerts else "Nothing stands out.", alerts)
+    print_rows("Alerts" if alerts else "No alerts.", alerts)
     console.print(f"report  {path.with_suffix('.html')}", soft_wrap=True, highlight=False)
     if any(fail_on in ("warning", row["level"]) for row in alerts):
         raise typer.Exit(1)
 
 
 def show_results(lake: Lake, metrics: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print what the manifests of training and inference say, by stage, if they are among them."""
+    """Print the metrics of training and inference, if present in `metrics` (by stage)."""
     from hm_reco.serving.predictions import read_recommendations
 
     if training := metrics.get("training"):

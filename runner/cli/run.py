@@ -39,7 +39,7 @@ def _build_jobs(
     parameter_file: Path | None,
     run_id: str,
 ) -> list[Any]:
-    """The stages to be run with their parameters; all that is wrong with them is said at once."""
+    """Build the jobs of the stages; an error reports all invalid parameters."""
     from runner.graph import load_pipeline, select_stages
     from runner.parameters import parse_assignments, read_parameter_file, resolve
     from runner.stage import Job
@@ -57,12 +57,12 @@ def _build_jobs(
 def _run_with_leases(
     lake: Lake, jobs: Sequence[Any], display: Any, limit: int, force: bool, wait: float | None
 ):
-    """Run jobs under the leases of their stages."""
+    """Run jobs while holding the leases of their stages."""
     from hm_reco.lake.lease import hold_leases
     from runner.scheduler import run_jobs
 
     def on_lost() -> None:
-        display.log("the lease was taken away by another run: ending this one", "red")
+        display.log("another run took over the lease: stopping this run", "red")
         os.kill(os.getpid(), signal.SIGTERM)
 
     with hold_leases(lake, [job.stage.name for job in jobs], wait, display.log, on_lost):
@@ -78,19 +78,23 @@ def run(
     params: FileOption = None,
     force: ForceOption = False,
     jobs: JobsOption = 2,
-    upstream: Annotated[bool, typer.Option("--upstream", help="And all stages before.")] = False,
+    upstream: Annotated[
+        bool, typer.Option("--upstream", help="Also run all upstream stages.")
+    ] = False,
     run_id: Annotated[
-        str, typer.Option("--run-id", help="Name of the run; one that exists goes on.")
+        str, typer.Option("--run-id", help="Id of the run; continues an existing run.")
     ] = "",
     backend: Annotated[
         str,
-        typer.Option("--backend", help="ray: each stage as a job of the cluster HM_RAY_ADDRESS."),
+        typer.Option(
+            "--backend", help="ray: run each stage as a job of the cluster HM_RAY_ADDRESS."
+        ),
     ] = "",
     wait: WaitOption = None,
     verbose: VerboseOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Run the stages' notebooks into a lake; what has not changed is not run again."""
+    """Run the stages' notebooks into a lake; unchanged stages are cached."""
     from hm_reco.compute.cluster import ClusterError
     from hm_reco.lake.runs import generate_run_id, validate_run_id
     from runner.backends.ray_jobs import BackendError
@@ -133,7 +137,7 @@ def run(
 @app.command()
 def ingest(
     due: Annotated[
-        bool, typer.Option("--due", help="Only sources whose schedule has struck; never wait.")
+        bool, typer.Option("--due", help="Only sources that are due; never wait.")
     ] = False,
     lake: LakeOption = None,
     parameter: ParameterOption = None,
@@ -141,7 +145,7 @@ def ingest(
     verbose: VerboseOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Read the declared sources; with --due as often as you like, every minute say."""
+    """Read the declared sources; with --due, run it at any interval, such as every minute."""
     from hm_reco.data.ingest_log import get_last_loaded_at, read_loads
     from hm_reco.data.sources import parse_sources, select_due_sources
     from hm_reco.lake.lease import LeaseError
@@ -170,11 +174,11 @@ def ingest(
             except LeaseError as err:
                 if not due:
                     raise
-                display.log(f"{err}; what is due will be read the next time")
+                display.log(f"{err}; the next call reads the due sources")
     if as_json:
         print(json.dumps([vars(stage_run) for stage_run in stage_runs], default=str, indent=2))
     elif not names and due:
-        console.print(f"nothing is due of {len(sources)} sources")
+        console.print(f"none of {len(sources)} sources is due")
 
 
 @app.command()
@@ -186,7 +190,7 @@ def plan(
     params: FileOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show which stages `hm run` would run now, and why."""
+    """Show which stages `hm run` would run, and why."""
     from hm_reco.lake.runs import read_runs
     from runner.cache import decide
 
@@ -271,7 +275,7 @@ def sweep(
         stage_jobs = [Job(selected, resolved, run_id) for run_id, (_, resolved) in trials.items()]
         display = RunDisplay(console, verbose, as_json)
         try:
-            # trials that write the same tables take turns; which do not, the pipeline declares
+            # trials run one by one unless the pipeline declares `sweep` parameters for them
             limit = jobs if selected.sweep else 1
             stage_runs, failure = (
                 _run_with_leases(target, stage_jobs, display, limit, force, wait),
@@ -304,7 +308,7 @@ def reproduce(
     verbose: VerboseOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Run a run again, with its code, parameters and table versions: do the metrics agree?"""
+    """Reproduce a run with its code, parameters and table versions, and compare the metrics."""
     from runner.display import RunDisplay
     from runner.rerun import reproduce_run
     from runner.scheduler import StageError
@@ -325,9 +329,9 @@ def reproduce(
 @app.command()
 def predict(
     lake: LakeOption = None,
-    shards: Annotated[int, typer.Option(min=1, help="Buckets of customers, each kept.")] = 8,
+    shards: Annotated[int, typer.Option(min=1, help="Buckets of customers; saved one by one.")] = 8,
 ) -> None:
-    """Write the lists of all customers to predictions/, by the stage inference; interrupted, it goes on."""
+    """Write the lists of all customers to predictions/; continues after an interruption."""
     run(["inference"], lake=lake, parameter=[f"shards={shards}"])
 
 
@@ -337,7 +341,7 @@ def eda(
     fail_on: Annotated[str, typer.Option(help="Exit code 1 at a warning or an error.")] = "",
     lake: LakeOption = None,
 ) -> None:
-    """Describe the data in a report; hold them against an earlier version, or against alerts."""
+    """Report on the data, compare them with an earlier version, and check the alerts."""
     with user_errors():
         if fail_on not in ("", "warning", "error"):
             raise ValueError(f"--fail-on {fail_on}: expected warning or error")

@@ -16,7 +16,7 @@ def serve(
     lake: LakeOption = None,
     host: Annotated[str | None, typer.Option(help="Default: the setting `host`.")] = None,
     port: Annotated[int | None, typer.Option(help="Default: the setting `port`.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that answer.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Server processes.")] = 1,
 ) -> None:
     """Serve the champion over REST, and the reports: /healthz, /predict, /reports/."""
     import uvicorn
@@ -34,6 +34,6 @@ def serve(
         port=port or settings.port,
         workers=workers,
         log_config=build_log_config(settings.log_level),
-        access_log=False,  # the service logs its answers itself
+        access_log=False,  # the service logs its own responses
         server_header=False,
     )
