@@ -49,9 +49,10 @@ def run_command(*command: str) -> str:
 FUNCTION_SCRIPT = """
 import sys
 from hm_reco.lake.storage import open_lake
-from hm_reco.stages.processing import process, what_changed
+from hm_reco.data.changes import detect_changes
+from hm_reco.stages.processing import process
 lake = open_lake(sys.argv[1])
-process(lake, change=what_changed(lake, rebuild=True))
+process(lake, change=detect_changes(lake, full_refresh=True))
 """
 
 

@@ -24,6 +24,7 @@ import numpy as np
 import polars as pl
 from external_data import get_peak_mb
 
+from hm_reco.data.changes import _list_weeks
 from hm_reco.data.history import load_history, map_purchases
 from hm_reco.data.synthetic import write_synthetic
 from hm_reco.lake.storage import open_lake
@@ -51,7 +52,7 @@ def measure_block(root: str, weeks: int) -> Figures:
     id_tables = processing.IdTables(
         *(scan(lake, f"processed/{name}").collect() for name in processing.IdTables._fields)
     )
-    week_starts = processing._weeks(scan(lake, "raw/transactions"))[-weeks:]
+    week_starts = _list_weeks(scan(lake, "raw/transactions"))[-weeks:]
     result = processing.process_block(lake, id_tables, SHARDS, False, week_starts)
     assert result is not None
     rows = scan(lake, "processed/purchases").filter(pl.col("week").is_in(week_starts))

@@ -204,13 +204,13 @@ def _find_dangling(spec: Document, names: set[tuple[str, str]]) -> Iterator[str]
         container = template.get("container", {})
         missing_volumes = {mount["name"] for mount in container.get("volumeMounts", [])} - volumes
         missing_maps = {source["configMapRef"]["name"] for source in container.get("envFrom", [])}
-        missing_maps -= {named for kind, named in names if kind == "ConfigMap"}
+        missing_maps -= {object_name for kind, object_name in names if kind == "ConfigMap"}
         for kind, missing in zip(
             ("template", "task", "volume", "configuration"),
             (missing_templates, missing_tasks, missing_volumes, missing_maps),
             strict=True,
         ):
-            yield from (f"{name}: no {kind} {parameter!r}" for parameter in sorted(missing))
+            yield from (f"{name}: no {kind} {reference!r}" for reference in sorted(missing))
 
 
 def check_unsafe(root: Path) -> Iterator[str]:

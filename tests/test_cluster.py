@@ -345,14 +345,14 @@ def test_ray_killed_driver_leaves_no_partial_tables(cluster, tmp_path):
 
 FULL_STORE_SCRIPT = """
 import numpy as np, ray
-from hm_reco.compute.cluster import ClusterError, map_on, reduce_on
+from hm_reco.compute.cluster import ClusterError, ray_map, ray_reduce
 small = {"num_cpus": 1, "object_store_memory": 80_000_000, "include_dashboard": False}
 disk = {"local_fs_capacity_threshold": 0.0001}  # Ray treats the disk as full
 ray.init("local", logging_level="ERROR", log_to_driver=False, _system_config=disk, **small)
 large = np.zeros(30_000_000)
 for call in (
-    lambda: map_on("auto", lambda n: large.sum() + n, [1]),
-    lambda: reduce_on("auto", lambda n: np.full(5_000_000, n), np.add, range(6)),
+    lambda: ray_map("auto", lambda n: large.sum() + n, [1]),
+    lambda: ray_reduce("auto", lambda n: np.full(5_000_000, n), np.add, range(6)),
 ):
     try:
         call()
@@ -366,9 +366,9 @@ def test_ray_driver_outside_cluster_connects_as_client(cluster):
     with socket.socket() as probe:
         while probe.connect_ex(("127.0.0.1", CLIENT_PORT)) and time.monotonic() < deadline:
             time.sleep(0.5)
-    script = "from hm_reco.compute.cluster import map_on, reduce_on\n"
-    script += "print(map_on({0!r}, lambda n: 2 * n, range(4)), end=' ')\n"
-    script += "print(reduce_on({0!r}, lambda n: n, int.__add__, range(4)))"
+    script = "from hm_reco.compute.cluster import ray_map, ray_reduce\n"
+    script += "print(ray_map({0!r}, lambda n: 2 * n, range(4)), end=' ')\n"
+    script += "print(ray_reduce({0!r}, lambda n: n, int.__add__, range(4)))"
     command = [sys.executable, "-c", script.format(f"ray://127.0.0.1:{CLIENT_PORT}")]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert result.stdout.strip().endswith("[0, 2, 4, 6] 6"), result.stderr

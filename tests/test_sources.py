@@ -256,9 +256,9 @@ def test_https_source_with_token_downloads_once(lake, expected, https, monkeypat
     monkeypatch.setenv("SHOP_TOKEN", "letmein")
     ingest(lake, sources)
     assert_raw_equal(lake, expected)
-    assert handler.sent == 3
+    assert handler.n_sent == 3
     assert {load.state for load in ingest(lake, sources)} == {"unchanged"}
-    assert handler.sent == 3  # the server reported no change
+    assert handler.n_sent == 3  # the server reported no change
 
 
 def get_state_by_file(loads) -> dict[str, str]:

@@ -145,7 +145,7 @@ def test_validation_set_ap_equals_metric(weeks):
     (week, matrix), rng = weeks[0], np.random.default_rng(0)
     scores = rng.integers(0, 50, len(matrix.label)).astype(float)  # many ties
     lists = rank_by_score(matrix.pairs.with_columns(score=pl.Series(scores)), 12)
-    expected = average_precision(lists, week.sold)["ap"].to_numpy()
+    expected = average_precision(lists, week.ground_truth)["ap"].to_numpy()
     validation_set = build_validation_set(week, matrix)
     assert expected.any() and np.allclose(
         validation_set.compute_average_precision(scores), expected

@@ -120,7 +120,7 @@ def test_random_tree_edits_never_crash(saved_model):
 def test_bundle_with_oversized_or_unknown_file_is_rejected(saved_model, tmp_path, monkeypatch):
     lake = open_lake(str(tmp_path))
     save_bundle(lake, saved_model[1])
-    monkeypatch.setitem(load_bundle.__globals__["MOST_BYTES"], "ranker.txt", 100)
+    monkeypatch.setitem(load_bundle.__globals__["MAX_BYTES"], "ranker.txt", 100)
     with pytest.raises(BundleError, match="100 are allowed"):
         load_bundle(lake, "v1")
     monkeypatch.undo()
