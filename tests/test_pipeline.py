@@ -230,7 +230,8 @@ def test_run_without_changes_is_cached(folder_lake, synthetic_files):
     before = len(read_runs(folder_lake))
     assert "nothing to do" in run_hm("run", *args).output
     assert len(read_runs(folder_lake)) == before
-    rows = json.loads(run_hm("plan", *args, "-p", "rounds=61", "--json").output)
+    more_rounds = [arg.replace("rounds=60", "rounds=61") for arg in args]
+    rows = json.loads(run_hm("plan", *more_rounds, "--json").output)
     assert {row["stage"]: row["reason"] for row in rows if row["action"] == "run"} == {
         "training": "rounds: 60 → 61",
         "inference": "after training",

@@ -158,7 +158,7 @@ def test_calibration_section_reports_scores_out_of_order(result):
     assert not calibrated.alerts and "3.4 times the probability" in calibrated.findings[1]
     assert calibration_section(with_calibration([10, 50, 100])).alerts
     ranked = replace(result, settings=replace(result.settings, objective="lambdarank"))
-    assert "no chances" in calibration_section(ranked).findings[1]
+    assert "not probabilities" in calibration_section(ranked).findings[1]
 
 
 def test_missed_purchases_list_cases_where_baseline_is_better(result, comparison, history):
