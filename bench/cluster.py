@@ -56,8 +56,8 @@ def process_weeks(root: str, buyers: int) -> float:
     from hm_reco.data.history import load_history
     from hm_reco.ranking.backtest import WalkForward, WeekJob
     from hm_reco.ranking.plan import BacktestPlan
-    from hm_reco.retrieval.aggregates import aggregate_sales
-    from hm_reco.retrieval.candidates import SOURCE_LIMITS
+    from hm_reco.retrieval.article_stats import aggregate_sales
+    from hm_reco.retrieval.candidate_sources import SOURCE_LIMITS
 
     history = aggregate_sales(load_history(open_lake(root)))
     plan = BacktestPlan(history.day, customers_per_week=buyers, pooled_weeks=WEEKS)

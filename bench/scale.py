@@ -86,7 +86,7 @@ def measure_shard(root: str, _: int) -> Figures:
 
 def measure_sales(root: str, shards: int) -> Figures:
     """Sales aggregates of one shard, merged with those of another."""
-    from hm_reco.retrieval.aggregates import _aggregate_shard, _merge_sales
+    from hm_reco.retrieval.article_stats import _aggregate_shard, _merge_sales
 
     history = load_history(open_lake(root))
     started = time.perf_counter()
@@ -104,8 +104,8 @@ def measure_week(root: str, buyers: int) -> Figures:
     """Candidates and features of the last week."""
     from hm_reco.ranking.backtest import WeekJob, WeekTask
     from hm_reco.ranking.plan import BacktestPlan
-    from hm_reco.retrieval.aggregates import aggregate_sales
-    from hm_reco.retrieval.candidates import SOURCE_LIMITS
+    from hm_reco.retrieval.article_stats import aggregate_sales
+    from hm_reco.retrieval.candidate_sources import SOURCE_LIMITS
 
     history = aggregate_sales(load_history(open_lake(root)))
     week_job = WeekJob(

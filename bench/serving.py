@@ -205,7 +205,7 @@ def print_profile(lake: Lake, total_ms: float) -> None:
     candidates = [generate_candidates(index, customers, budget, row) for row in rows]
     matrices = [compute_features(index, customers, item) for item in candidates]
     responses = [respond(model, item, "bench") for item in requests]
-    popular = index.top_overall.indices
+    popular = index.tables.top_overall.indices
     trees_ms = measure_median_ms(lambda n: predict_scores(bundle.forest, matrices[n].values))
     parts = {
         "candidates": measure_median_ms(

@@ -31,11 +31,12 @@ from hm_reco.lake.tables import scan
 from hm_reco.ranking import tuning
 from hm_reco.ranking.backtest import TrainingBackend, evaluate
 from hm_reco.ranking.distributed import RayTrainer
-from hm_reco.ranking.features import FeatureMatrix, build_training_matrix, build_week
+from hm_reco.ranking.features import FeatureMatrix
 from hm_reco.ranking.plan import BacktestPlan
 from hm_reco.ranking.ranker import RankerSettings, downsample_negatives, train
 from hm_reco.ranking.tuning import ValidationSet, build_validation_set
-from hm_reco.retrieval.aggregates import aggregate_sales
+from hm_reco.ranking.weeks import build_training_matrix, build_week
+from hm_reco.retrieval.article_stats import aggregate_sales
 from hm_reco.retrieval.two_tower import (
     TwoTower,
     TwoTowerSettings,

@@ -11,10 +11,10 @@ import numpy as np
 
 from hm_reco.data.history import as_of, generate_history
 from hm_reco.ranking import features
-from hm_reco.ranking.features import build_training_matrix, build_week
 from hm_reco.ranking.forest import build_forest
 from hm_reco.ranking.ranker import RankerSettings, rank, train
 from hm_reco.ranking.tuning import build_validation_set
+from hm_reco.ranking.weeks import build_training_matrix, build_week
 from hm_reco.retrieval import candidates
 from hm_reco.retrieval.two_tower import TwoTower, TwoTowerSettings, build_vocabulary, fit_until
 
@@ -31,7 +31,9 @@ def write_results(file: Path) -> None:
     week = build_week(history, day, days=28, max_customers=8, space=embedding_space)
     matrix = build_training_matrix(week)
     booster = train([matrix], RankerSettings(rounds=5, min_data_in_leaf=5))
-    top_k = rank(build_forest(booster), matrix, 100, week.index.top_overall.indices)
+    top_k = rank(
+        build_forest(booster), matrix, 100, week.aggregates.index.tables.top_overall.indices
+    )
     ap = build_validation_set(week, matrix).compute_average_precision(
         np.asarray(booster.predict(matrix.values))
     )

@@ -20,10 +20,11 @@ from hm_reco.data.history import (
 from hm_reco.lake.storage import Lake
 from hm_reco.ranking.backtest import RANKER, evaluate
 from hm_reco.ranking.comparison import compare_with_baselines
-from hm_reco.ranking.features import FeatureMatrix, build_training_matrix, build_week
+from hm_reco.ranking.features import FeatureMatrix
 from hm_reco.ranking.metrics import Interval
 from hm_reco.ranking.plan import BacktestPlan
 from hm_reco.ranking.ranker import RankerSettings, rank_with_booster, train
+from hm_reco.ranking.weeks import build_training_matrix, build_week
 from hm_reco.registry.bundle import MANIFEST, Bundle, BundleError, load_bundle, save_bundle
 from hm_reco.registry.registration import Provenance, build_bundles, register_bundles
 from hm_reco.registry.registry import NoModelError, get_champion, get_model_states, read_models

@@ -14,8 +14,8 @@ from hm_reco.data.synthetic import (
     write_synthetic,
 )
 from hm_reco.ranking.baselines import BASELINES
-from hm_reco.ranking.features import build_week
 from hm_reco.ranking.metrics import average_precision
+from hm_reco.ranking.weeks import build_week
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from hm_reco.data.history import generate_history
 from hm_reco.lake.storage import Lake
 from hm_reco.ranking import tuning
 from hm_reco.ranking.backtest import evaluate
-from hm_reco.ranking.features import build_training_matrix, build_week
 from hm_reco.ranking.metrics import average_precision
 from hm_reco.ranking.plan import BacktestPlan
 from hm_reco.ranking.ranker import RankerSettings, downsample_negatives, rank_by_score, to_dataset
@@ -26,6 +25,7 @@ from hm_reco.ranking.tuning import (
     smooth,
     tune,
 )
+from hm_reco.ranking.weeks import build_training_matrix, build_week
 
 
 @pytest.fixture(scope="module")

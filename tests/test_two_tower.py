@@ -11,7 +11,7 @@ import torch
 from hm_reco.data.history import as_of, generate_history
 from hm_reco.retrieval import two_tower
 from hm_reco.retrieval.aggregates import compute_aggregates
-from hm_reco.retrieval.article_index import build_customer_arrays, build_index, select_purchases
+from hm_reco.retrieval.arrays import build_customer_arrays, select_purchases
 from hm_reco.retrieval.candidates import generate_candidates
 from hm_reco.retrieval.two_tower import (
     TwoTower,
@@ -83,17 +83,18 @@ def test_two_tower_places_unsold_article_near_its_variants(history, model):
 
 
 def test_two_tower_session_changes_candidates_of_unknown_customer(history, model):
-    aggregates = compute_aggregates(history, model)
+    aggregates = compute_aggregates(history, model.build_space(history))
     customer = pl.DataFrame({"customer": [-1]}, schema={"customer": pl.Int32})
     no_purchases = select_purchases(history, customer)
     recent = (
         select_purchases(history, history.customers).sort("days_ago", "customer", "article").head(3)
     )
     clicks = recent.with_columns(customer=pl.lit(-1, pl.Int32))
-    index = build_index(aggregates, history)
     candidates = [
         generate_candidates(
-            index, build_customer_arrays(aggregates, purchases, customer), {"two_tower": 12}
+            aggregates.index,
+            build_customer_arrays(aggregates, purchases, customer),
+            {"two_tower": 12},
         ).article.tolist()
         for purchases in (no_purchases, clicks)
     ]
@@ -101,7 +102,10 @@ def test_two_tower_session_changes_candidates_of_unknown_customer(history, model
 
 
 def test_two_tower_customer_vector_is_independent_of_batch(history, model):
-    aggregates, customers = compute_aggregates(history, model), history.customers.sort("customer")
+    aggregates, customers = (
+        compute_aggregates(history, model.build_space(history)),
+        history.customers.sort("customer"),
+    )
     purchases = select_purchases(history, customers)
     batch_vectors, positions = (
         build_customer_arrays(aggregates, purchases, customers).vector,

@@ -14,9 +14,9 @@ from safetensors.numpy import save_file
 
 from hm_reco.data.history import generate_history
 from hm_reco.lake.storage import Lake, open_lake
-from hm_reco.ranking.features import build_training_matrix, build_week
 from hm_reco.ranking.forest import build_forest, check_trees, predict_scores
 from hm_reco.ranking.ranker import RANKER, RankerSettings, train
+from hm_reco.ranking.weeks import build_training_matrix, build_week
 from hm_reco.registry.bundle import MANIFEST, Bundle, BundleError, load_bundle, save_bundle
 from hm_reco.retrieval.embeddings import EmbeddingSpace, read_encoder
 from hm_reco.retrieval.two_tower import (
@@ -26,16 +26,9 @@ from hm_reco.retrieval.two_tower import (
     from_bytes,
     to_bytes,
 )
+from hm_reco.serving.array_file import LAYOUT, SnapshotError, map_arrays
 from hm_reco.serving.recommend import build_recommender, predict_all, recommend, with_precomputed
-from hm_reco.serving.snapshot import (
-    ARRAYS_FILE,
-    LAYOUT,
-    SNAPSHOTS_FOLDER,
-    SnapshotError,
-    load_snapshot,
-    map_arrays,
-    save_snapshot,
-)
+from hm_reco.serving.snapshot import ARRAYS_FILE, SNAPSHOTS_FOLDER, load_snapshot, save_snapshot
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +187,7 @@ def test_snapshot_arrays_of_wrong_type_or_size_are_rejected(saved_model):
         value = np.array(arrays[name])
         with pytest.raises(SnapshotError):
             load_with_array(saved_model, name, value.astype(other_types.get(value.dtype, "i2")))
-        if value.size and name != "index.new_arrivals":  # of any length
+        if value.size and name != "index.tables.new_arrivals":  # of any length
             with pytest.raises(SnapshotError):
                 load_with_array(saved_model, name, value[1:].copy())
 

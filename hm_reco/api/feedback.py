@@ -17,9 +17,9 @@ from uuid import uuid4
 import polars as pl
 
 from .schemas import Event
+from ..data.segments import ONLINE
 from ..lake.storage import Lake
 from ..lake.tables import append
-from ..retrieval.aggregates import ONLINE
 
 EVENTS, PURCHASES = "feedback/events", "feedback/purchases"
 MAX_WAITING = 100_000  # events, about 50 MB

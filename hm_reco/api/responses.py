@@ -16,10 +16,10 @@ import numpy as np
 
 from .catalogue import Catalogue, find_eligible_articles
 from .schemas import Context, PredictRequest, RecentArticle, SimilarRequest
+from ..data.segments import ONLINE
 from ..ranking.features import FeatureMatrix, build_feature_matrix, get_reason
-from ..retrieval.aggregates import ONLINE
-from ..retrieval.article_index import CsrLists, CustomerArrays
-from ..retrieval.candidates import SOURCES
+from ..retrieval.arrays import CsrLists, CustomerArrays
+from ..retrieval.candidate_sources import SOURCE_NAMES
 from hm_reco.serving.recommend import (
     CustomerRecommendation,
     Recommender,
@@ -143,8 +143,8 @@ def _explain_customer(
 
 # %% ../../nbs/api/02_responses.ipynb #ef3cc5d1
 def _get_source_ranks(values: np.ndarray) -> dict[str, int]:
-    ranks = values[1 : 2 * len(SOURCES) : 2]
-    by_rank = sorted((int(ranks[n]), SOURCES[n]) for n in np.flatnonzero(~np.isnan(ranks)))
+    ranks = values[1 : 2 * len(SOURCE_NAMES) : 2]
+    by_rank = sorted((int(ranks[n]), SOURCE_NAMES[n]) for n in np.flatnonzero(~np.isnan(ranks)))
     return {name: rank for rank, name in by_rank}
 
 
@@ -185,9 +185,9 @@ def find_evidence(
             links.append((1.5, row, "another variant of it"))
         else:
             relations = {
-                "bought by the same customers": index.item_knn,
-                "bought on the same visit": index.co_basket,
-                "bought on the next visit": index.next_basket,
+                "bought by the same customers": index.tables.item_knn,
+                "bought on the same visit": index.tables.co_basket,
+                "bought on the next visit": index.tables.next_basket,
             }
             links += [
                 (_get_weight(table, purchased_article, article), row, relation)
@@ -249,13 +249,15 @@ def _similar_lists(recommender: Recommender, article: int) -> dict[str, np.ndarr
         return table.indices[table.indptr[list_id] : table.indptr[list_id + 1]]
 
     lists = {
-        "variant": get_list(index.top_by_product, int(index.attributes[article, 0])),
-        "item_knn": get_list(index.item_knn, article),
-        "co_basket": get_list(index.co_basket, article),
+        "variant": get_list(index.tables.top_by_product, int(index.attributes[article, 0])),
+        "item_knn": get_list(index.tables.item_knn, article),
+        "co_basket": get_list(index.tables.co_basket, article),
     }
     if index.vectors.shape[1]:
-        similarity = index.vectors[index.on_sale].astype(np.int32) @ index.vectors[article].astype(
-            np.int32
-        )
-        lists["two_tower"] = index.on_sale[np.argsort(-similarity, kind="stable")[:LIST_DEPTH]]
+        similarity = index.vectors[index.tables.on_sale].astype(np.int32) @ index.vectors[
+            article
+        ].astype(np.int32)
+        lists["two_tower"] = index.tables.on_sale[
+            np.argsort(-similarity, kind="stable")[:LIST_DEPTH]
+        ]
     return lists

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CODE_COLUMNS', 'TEXT_COLUMNS', 'PURCHASE_COLUMNS', 'HISTORY_TABLES', 'Sales', 'History', 'pack', 'unpack', 'as_of',
            'get_ground_truth', 'parse_day', 'encode_ids', 'map_articles', 'map_customers', 'map_purchases',
-           'build_history', 'generate_history', 'load_history', 'fixed_sum', 'exact_sum']
+           'build_history', 'generate_history', 'load_history']
 
 # %% ../../nbs/data/07_history.ipynb #1e00522e
 from collections.abc import Mapping, Sequence
@@ -270,13 +270,3 @@ def load_history(lake: Lake, versions: Mapping[str, int] | None = None) -> Histo
     table_versions = dict(versions or {})
     tables = [scan(lake, name, table_versions.get(name)).collect() for name in HISTORY_TABLES]
     return build_history(*tables)
-
-# %% ../../nbs/data/07_history.ipynb #adf3b656
-def fixed_sum(value: pl.Expr, bits: int) -> pl.Expr:
-    """Sum in fixed point; returns an integer number of steps of `2 ** -bits`."""
-    return (value.cast(pl.Float64) * 2.0**bits).round().cast(pl.Int64).sum()
-
-
-def exact_sum(value: pl.Expr, bits: int = 40) -> pl.Expr:
-    """Sum in fixed point with `bits` binary places; the result is the same in any order."""
-    return fixed_sum(value, bits) / 2.0**bits

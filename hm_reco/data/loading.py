@@ -7,7 +7,6 @@ __all__ = ['BATCH_ROWS', 'PROFILED_COLUMNS', 'FileCheck', 'validate_batch', 'pro
            'load_part', 'delete_part', 'commit_rows', 'record_checks', 'find_previous_load']
 
 # %% ../../nbs/data/04_loading.ipynb #524fac33
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from hm_reco.data.contracts import (
 from .drift import build_profile
 from .ingest_log import KEY_COLUMNS, Load
 from .sources import TABLES, SourcePart, read_file
+from ..lake.checksum import compute_sha256
 from ..lake.fingerprint import fingerprint_modules, hash_text
 from ..lake.progress import track
 from ..lake.storage import Lake
@@ -157,11 +157,6 @@ class IngestionRun:
         )
 
 # %% ../../nbs/data/04_loading.ipynb #6d8e5ac5
-def _compute_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def load_part(run: IngestionRun, part: SourcePart, reload: bool = False) -> Load:
     """Load one part, unless its content is in the lake already.
 
@@ -176,7 +171,7 @@ def load_part(run: IngestionRun, part: SourcePart, reload: bool = False) -> Load
     with TemporaryDirectory(prefix="hm-ingest-") as folder:
         try:
             path = part.download(Path(folder))
-            load.sha256 = _compute_sha256(path)
+            load.sha256 = compute_sha256(path)
             if previous and same_rules and previous.sha256 == load.sha256:
                 return _mark_unchanged(load, previous)
             if original := _find_duplicate(run, load):

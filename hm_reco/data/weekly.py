@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import polars as pl
 
-from .history import exact_sum
+from .decay import exact_sum
 
 # %% ../../nbs/data/08_weekly.ipynb #f4dd61a0
 class Feature(NamedTuple):

@@ -7,7 +7,6 @@ __all__ = ['RANKER_FILE', 'TWO_TOWER_FILE', 'MANIFEST', 'MAX_BYTES', 'BundleErro
            'remove_incomplete']
 
 # %% ../../nbs/registry/01_bundle.ipynb #69653be4
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,12 +16,13 @@ from typing import Any
 
 import lightgbm as lgb
 
+from ..lake.checksum import compute_sha256
 from ..lake.storage import Lake, LakePath, resolve_file, write_file
 from ..ranking.baselines import BASELINES
 from ..ranking.forest import Forest, build_forest, check_trees
 from ..ranking.ranker import RANKER
 from .registry import MODELS
-from ..retrieval.candidates import SOURCE_LIMITS
+from ..retrieval.candidate_sources import SOURCE_LIMITS
 from ..retrieval.embeddings import CustomerEncoder, read_encoder
 
 # %% ../../nbs/registry/01_bundle.ipynb #b85d7dd3
@@ -73,7 +73,7 @@ def save_bundle(lake: Lake, bundle: Bundle) -> None:
         "metrics": dict(bundle.metrics),
         "tables": dict(bundle.tables),
         "budget": dict(bundle.budget),
-        "files": {name: _compute_sha256(content) for name, content in files.items()},
+        "files": {name: compute_sha256(content) for name, content in files.items()},
     }
     for name, content in files.items():
         write_file(lake.path(*MODELS, bundle.version, name), content)
@@ -108,10 +108,6 @@ def load_bundle(lake: Lake, version: str) -> Bundle:
 def _resolve_path(lake: Lake, version: str, name: str) -> LakePath:
     return resolve_file(lake, *MODELS, version, name)
 
-# %% ../../nbs/registry/01_bundle.ipynb #f8a6ad19
-def _compute_sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
 # %% ../../nbs/registry/01_bundle.ipynb #a538db90
 def _read_file(lake: Lake, version: str, name: str) -> bytes:
     path, max_bytes = _resolve_path(lake, version, name), MAX_BYTES.get(name, 0)
@@ -124,7 +120,7 @@ def _read_file(lake: Lake, version: str, name: str) -> bytes:
 
 def _read_verified(lake: Lake, version: str, name: str, sha256: str) -> bytes:
     data = _read_file(lake, version, name)
-    if _compute_sha256(data) != sha256:
+    if compute_sha256(data) != sha256:
         raise BundleError(f"model {version!r}: file {name!r} is not the one that was saved")
     return data
 

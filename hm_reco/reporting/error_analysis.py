@@ -18,6 +18,7 @@ from IPython.display import HTML
 from matplotlib.figure import Figure
 
 from ..data.history import History
+from ..data.segments import is_on_sale
 from ..ranking.backtest import Evaluation
 from ..ranking.comparison import BaselineComparison
 from ..ranking.ranker import RANKER
@@ -105,7 +106,7 @@ def compute_outcomes(result: Evaluation) -> pl.DataFrame:
     recent_kinds = (
         pl.when(pl.col("is_repurchase"))
         .then(pl.lit(ARTICLE_KINDS[0]))
-        .when(days_ago <= 28)
+        .when(is_on_sale())
         .then(pl.lit(ARTICLE_KINDS[1]))
     )
     kind = (

@@ -21,21 +21,21 @@ import polars as pl
 from ..compute.jit import parallel_map
 from ..compute.shards import compute_shard, map_shards
 from ..data.history import History
+from ..data.segments import ONLINE
 from ..lake.progress import track
 from ..ranking.baselines import BASELINES
 from ..ranking.features import build_feature_matrix
 from ..ranking.ranker import ALL_ELIGIBLE, TopK, rank, to_frame
 from ..registry.bundle import Bundle
-from ..retrieval.aggregates import ARTICLE_STATS, ONLINE, Aggregates, compute_aggregates
-from hm_reco.retrieval.article_index import (
+from ..retrieval.aggregates import ARTICLE_STATS, Aggregates, compute_aggregates
+from hm_reco.retrieval.arrays import (
     PURCHASE_FIELDS,
     ArticleIndex,
     CustomerArrays,
     build_customer_arrays,
-    build_index,
     select_purchases,
 )
-from ..retrieval.candidates import SOURCES
+from ..retrieval.candidate_sources import SOURCE_NAMES
 from ..retrieval.embeddings import EmbeddingSpace
 
 if TYPE_CHECKING:
@@ -92,10 +92,9 @@ UNKNOWN_CUSTOMER = -1  # internal id of a customer who is in no table
 
 def build_recommender(history: History, bundle: Bundle) -> Recommender:
     """Build a recommender from a history; takes a few seconds for a million purchases."""
-    aggregates, all_customers = (
-        compute_aggregates(history, _load_two_tower(bundle)),
-        history.customers.sort("customer"),
-    )
+    two_tower, all_customers = _load_two_tower(bundle), history.customers.sort("customer")
+    space = two_tower.build_space(history) if two_tower else None
+    aggregates = compute_aggregates(history, space)
     article_ids = np.full(history.n_article_ids, "", dtype=object)
     article_ids[history.articles["article"].to_numpy()] = history.articles["article_id"].to_list()
     cold_start = pl.DataFrame({"customer": [UNKNOWN_CUSTOMER]}, schema={"customer": pl.Int32})
@@ -105,14 +104,14 @@ def build_recommender(history: History, bundle: Bundle) -> Recommender:
     return Recommender(
         bundle,
         history.day,
-        build_index(aggregates, history),
+        aggregates.index,
         _append_cold_start(
             customers,
             build_customer_arrays(aggregates, select_purchases(history, cold_start), cold_start),
         ),
         build_id_map(all_customers["customer_id"].to_list()),
         build_id_map(article_ids.tolist()),
-        aggregates.space,
+        space,
         None if bundle.booster else aggregates,
     )
 
@@ -164,7 +163,7 @@ def rank_customers(
     index, bundle = recommender.index, recommender.bundle
     customers, eligible_articles = (
         customers or recommender.customers,
-        eligible_articles or Eligibility(ALL_ELIGIBLE, index.top_overall.indices),
+        eligible_articles or Eligibility(ALL_ELIGIBLE, index.tables.top_overall.indices),
     )
     if bundle.booster is None:
         return _rank_with_baseline(recommender, customers, count, rows, eligible_articles)
@@ -248,7 +247,7 @@ def _to_top_k(
         ranked["article"].to_numpy(),
         ranked["score"].to_numpy(),
     )
-    repurchase, popular = SOURCES.index("repurchase"), SOURCES.index("popular")
+    repurchase, popular = SOURCE_NAMES.index("repurchase"), SOURCE_NAMES.index("popular")
     top_k.source[positions] = np.where(
         ranked["is_repurchase"].fill_null(False), repurchase, popular
     )
@@ -356,7 +355,7 @@ def _to_recommendation(
     article, score, source = (column[n, :n_articles] for column in top_k)
     ids = [id_.decode() for id_ in recommender.article_ids.text[article].tolist()]
     return CustomerRecommendation(
-        cold, ids, score.tolist(), [SOURCES[source_index] for source_index in source.tolist()]
+        cold, ids, score.tolist(), [SOURCE_NAMES[source_index] for source_index in source.tolist()]
     )
 
 # %% ../../nbs/serving/00_recommend.ipynb #fe8ce884
@@ -460,7 +459,7 @@ def with_precomputed(recommender: Recommender, lists: pl.DataFrame) -> Recommend
     )
     rows = np.searchsorted(customers.customer[:-1], lists["customer"].to_numpy())
     positions = (rows, lists["rank"].to_numpy() - 1)
-    source_indices = lists["source"].cast(pl.Enum(SOURCES)).to_physical()
+    source_indices = lists["source"].cast(pl.Enum(SOURCE_NAMES)).to_physical()
     precomputed.article[positions], precomputed.score[positions] = (
         lists["article"].to_numpy(),
         lists["score"].to_numpy(),

@@ -12,6 +12,7 @@ import polars as pl
 
 from ..api.app import create_app
 from ..data.history import History
+from ..data.segments import LAPSED_DAYS, RECENT_DAYS
 
 # %% ../../nbs/stages/50_inference.ipynb #81c996df
 app = create_app()
@@ -25,7 +26,8 @@ def select_example_customers(history: History) -> dict[str, str]:
     customers = history.customers.select("customer", "customer_id").join(
         visit_counts, on="customer", how="left"
     )
-    recent, lapsed_before = history.day - timedelta(days=28), history.day - timedelta(days=91)
+    recent = history.day - timedelta(days=RECENT_DAYS)
+    lapsed_before = history.day - timedelta(days=LAPSED_DAYS)
     groups = {
         "loyal": customers.filter(pl.col("last") >= recent),
         "lapsed": customers.filter((pl.col("last") < lapsed_before) & (pl.col("visits") > 2)),

@@ -21,6 +21,15 @@ def models(lake: LakeOption = None, as_json: JsonOption = False) -> None:
         print_rows(f"models of {target.root}", build_model_rows(target), as_json)
 
 
+@app.command()
+def features(as_json: JsonOption = False) -> None:
+    """List the ranker's features: name, meaning, unit, window, reason, since when leak-safe."""
+    from hm_reco.ranking.features import build_catalogue
+
+    rows = build_catalogue().to_dicts()
+    print_rows(f"{len(rows)} features of a candidate", rows, as_json)
+
+
 VersionArgument = Annotated[
     str, typer.Argument(help="Version of a model, as `hm models` lists it.")
 ]
