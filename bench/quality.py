@@ -23,6 +23,7 @@ from typing import Any
 
 import polars as pl
 from external_data import get_peak_mb
+from hm_reco.ranking.scoring import score_lists
 
 from hm_reco.data.history import History, as_of, get_ground_truth, load_history
 from hm_reco.data.synthetic import write_synthetic
@@ -30,7 +31,7 @@ from hm_reco.lake.storage import Lake, open_lake
 from hm_reco.ranking.backtest import Evaluation, evaluate
 from hm_reco.ranking.baselines import backfill, rank_best_sellers
 from hm_reco.ranking.comparison import compute_means
-from hm_reco.ranking.metrics import average_precision, compute_paired_difference
+from hm_reco.ranking.metrics import METRICS, compute_paired_difference
 from hm_reco.ranking.plan import BacktestPlan
 from hm_reco.ranking.ranker import RANKER, RankerSettings
 from hm_reco.ranking.tuning import tune
@@ -109,15 +110,14 @@ def _backfill_lists(history: History, lists: pl.DataFrame) -> pl.DataFrame:
 def compute_scores(
     history: History, plan: BacktestPlan, lists: pl.DataFrame, customers: pl.DataFrame
 ) -> pl.DataFrame:
-    """AP of lists: `day`, `customer`, `method`, `ap`."""
+    """AP@12 of lists: `day`, `customer`, `method`, `value`."""
     parts = []
     for (day, method), part in lists.partition_by("day", "method", as_dict=True).items():
         ground_truth = get_ground_truth(history, day, plan.horizon_days)
         ground_truth = ground_truth.join(customers.filter(day=day), on="customer", how="semi")
-        ap = average_precision(part, ground_truth)
-        parts.append(
-            ap.select(pl.lit(day).alias("day"), "customer", method=pl.lit(method), ap="ap")
-        )
+        ap = score_lists(part, ground_truth, METRICS[:1])
+        columns = {"method": pl.lit(method), "value": pl.col(str(METRICS[0]))}
+        parts.append(ap.select(pl.lit(day).alias("day"), "customer", **columns))
     return pl.concat(parts)
 
 

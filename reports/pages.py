@@ -173,7 +173,7 @@ def notebook_page(notebook: "NotebookNode", stage_run: StageRun) -> str:
 
 
 def _get_figure(metrics: Any, path: str) -> Any:
-    """The figure at `map12.ranker.0` in nested metrics; None where there is none."""
+    """The figure at `scores.ranker.0` in nested metrics; None where there is none."""
     for part in path.split("."):
         if isinstance(metrics, dict):
             metrics = metrics.get(part)

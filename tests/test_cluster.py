@@ -249,9 +249,7 @@ def test_ray_ranker_matches_single_worker(ray_trainer, trial_data):
     matrices, [validation_set] = trial_data
     settings = RankerSettings(rounds=60)
     single_ap, shared_ap = (
-        validation_set.compute_average_precision(
-            np.asarray(booster.predict(validation_set.matrix.values))
-        )
+        validation_set.score(np.asarray(booster.predict(validation_set.matrix.values)))
         for booster in (train(matrices, settings), ray_trainer.train(matrices, settings))
     )
     assert (

@@ -127,7 +127,7 @@ def test_components_equal_stages():
     [
         ("nbs/lake/01_storage.ipynb", ALL_STAGES),
         ("hm_reco/lake/storage.py", ALL_STAGES),
-        ("nbs/ranking/02_forest.ipynb", ["training", "inference"]),
+        ("nbs/ranking/07_forest.ipynb", ["training", "inference"]),
         ("hm_reco/reporting/data_drift.py", ["eda"]),
         ("nbs/api/03_model_manager.ipynb", ["inference"]),
         ("nbs/stages/10_ingestion.ipynb", ["ingestion"]),

@@ -34,9 +34,7 @@ def write_results(file: Path) -> None:
     top_k = rank(
         build_forest(booster), matrix, 100, week.aggregates.index.tables.top_overall.indices
     )
-    ap = build_validation_set(week, matrix).compute_average_precision(
-        np.asarray(booster.predict(matrix.values))
-    )
+    ap = build_validation_set(week, matrix).score(np.asarray(booster.predict(matrix.values)))
     arrays = {"candidates": matrix.article, "values": matrix.values}
     np.savez(file, ap=ap, **arrays, **top_k._asdict())
 

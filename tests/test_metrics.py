@@ -1,20 +1,26 @@
-"""MAP@12 against an independent implementation, and the bootstrap against known answers."""
+"""Metrics against independent implementations, and the bootstrap against known answers."""
+
+from math import log2
 
 import numpy as np
 import polars as pl
 import pytest
+from hm_reco.ranking.scoring import score_lists
 
-from hm_reco.ranking.metrics import average_precision, bootstrap, recall
+from hm_reco.ranking.metrics import METRICS, bootstrap, get_metric
 
 
-def compute_ap_in_loop(actual: set[int], predicted: list[int], k: int) -> float:
-    """AP@k as the competition defines it, in a loop."""
-    hits, total = 0, 0.0
-    for position, article in enumerate(predicted[:k], start=1):
-        if article in actual:
-            hits += 1
-            total += hits / position
-    return total / min(len(actual), k)
+def compute_in_loop(name: str, actual: set[int], predicted: list[int], k: int) -> float:
+    """Return a metric of one list as its definition says, without arrays."""
+    ranks = [rank for rank, article in enumerate(predicted[:k], 1) if article in actual]
+    best = min(len(actual), k)
+    return {
+        "MAP": sum((n + 1) / rank for n, rank in enumerate(ranks)) / best,
+        "NDCG": sum(1 / log2(r + 1) for r in ranks) / sum(1 / log2(n + 2) for n in range(best)),
+        "recall": len(ranks) / len(actual),
+        "hit_rate": float(bool(ranks)),
+        "MRR": 1 / ranks[0] if ranks else 0.0,
+    }[name]
 
 
 def build_frames(actual: dict[int, list[int]], predicted: dict[int, list[int]]):
@@ -28,15 +34,20 @@ def build_frames(actual: dict[int, list[int]], predicted: dict[int, list[int]]):
     )
 
 
+@pytest.mark.parametrize("metric", METRICS, ids=str)
 @pytest.mark.parametrize("k", [1, 3, 12, 20])
-def test_average_precision_equals_loop(k):
+def test_metric_equals_loop(metric, k):
     rng = np.random.default_rng(k)
     actual = {c: rng.integers(0, 60, rng.integers(1, 30)).tolist() for c in range(200)}
     predicted = {c: rng.permutation(60)[: rng.integers(1, 25)].tolist() for c in range(0, 200, 2)}
-    result = average_precision(*build_frames(actual, predicted), k)
-    expected = {c: compute_ap_in_loop(set(actual[c]), predicted.get(c, []), k) for c in actual}
-    assert result["customer"].to_list() == sorted(actual)
-    assert np.allclose(result["ap"], [expected[c] for c in sorted(actual)])
+    label = f"{metric.name}@{k}"
+    scores = score_lists(*build_frames(actual, predicted), [get_metric(label)])
+    expected = [
+        compute_in_loop(metric.name, set(actual[c]), predicted.get(c, []), k)
+        for c in sorted(actual)
+    ]
+    assert scores["customer"].to_list() == sorted(actual)
+    np.testing.assert_allclose(scores[label], expected)
 
 
 @pytest.mark.parametrize(
@@ -51,14 +62,14 @@ def test_average_precision_equals_loop(k):
     ],
 )
 def test_average_precision_example(actual, predicted, expected):
-    result = average_precision(*build_frames({7: actual}, {7: predicted}))
-    assert result["ap"].item() == pytest.approx(expected)
+    scores = score_lists(*build_frames({7: actual}, {7: predicted}), METRICS[:1])
+    assert scores["MAP@12"].item() == pytest.approx(expected)
 
 
-def test_recall_counts_pairs_once():
-    recommended, purchased = build_frames({1: [1, 1, 2], 2: [3]}, {1: [1, 5], 2: [4, 3]})
-    assert recall(recommended, purchased, 2) == pytest.approx(2 / 3)
-    assert recall(recommended, purchased, 1) == pytest.approx(1 / 3)
+@pytest.mark.parametrize("label", ["MAP", "MAP@0", "MAP@101", "map@12", "precision@12", "MAP@-1"])
+def test_unknown_metric_is_refused_with_the_names(label):
+    with pytest.raises(ValueError, match="MAP, NDCG, recall, hit_rate, MRR"):
+        get_metric(label)
 
 
 def test_bootstrap_interval_width_matches_standard_error():

@@ -86,7 +86,7 @@ def test_training_registers_model_and_builds_report(lake: Lake):
     trained = train_and_register(lake, history, plan, settings, Provenance("r1", tables))
     metrics = build_metrics(trained)
     assert get_champion(lake) == metrics["version"]
-    assert metrics["map12"][RANKER][0] == pytest.approx(
+    assert metrics["scores"][RANKER][0] == pytest.approx(
         trained.comparison.means[RANKER].mean, abs=1e-6
     )
     assert load_bundle(lake, get_champion(lake)).tables == tables

@@ -78,7 +78,7 @@ def test_new_component_is_detected_built_and_deployed(clone: Path):
     assert list_components(clone)["price_watch"] == clone / notebook
     assert find_affected([notebook], clone) == ["price_watch"]
     assert find_affected(["nbs/lake/01_storage.ipynb"], clone)[-1] == "price_watch"
-    assert find_affected(["nbs/ranking/03_ranker.ipynb"], clone) == ["training", "inference"]
+    assert find_affected(["nbs/ranking/08_ranker.ipynb"], clone) == ["training", "inference"]
 
     subprocess.run(["git", "init", "--quiet", str(clone)], check=True)
     commit_args = (

@@ -42,11 +42,11 @@ def register_candidate(
     }
     day = [date(2020, 9, first_day)] * CUSTOMERS
     frames = [
-        pl.DataFrame({"day": day, "customer": range(CUSTOMERS), "method": method, "ap": values})
+        pl.DataFrame({"day": day, "customer": range(CUSTOMERS), "method": method, "MAP@12": values})
         for method, values in ap.items()
     ]
     save_scores(lake, version, pl.concat(frames))
-    metrics = {"map12": {method: float(values.mean()) for method, values in ap.items()}}
+    metrics = {"scores": {method: float(values.mean()) for method, values in ap.items()}}
     register_model(
         lake, Model(version, "candidate", RANKER, as_of, "r1", "3f2a" * 10, metrics=metrics)
     )

@@ -52,8 +52,8 @@ def comparison(result: Evaluation) -> BaselineComparison:
 
 def replace_ranker_ap(result: Evaluation, ap: pl.Expr) -> Evaluation:
     """The same result with another average precision of the ranker."""
-    new_ap = pl.when(pl.col("method") == RANKER).then(ap).otherwise("ap")
-    return replace(result, scores=result.scores.with_columns(ap=new_ap))
+    new_ap = pl.when(pl.col("method") == RANKER).then(ap).otherwise("value")
+    return replace(result, scores=result.scores.with_columns(value=new_ap))
 
 
 def test_model_report_json_matches_schema(result, comparison, history):
@@ -103,9 +103,9 @@ def test_ranker_without_significant_improvement_is_error(result, comparison):
 def test_worse_segment_is_error_despite_better_mean(result, comparison):
     active = result.customers.filter(activity="active").select("day", "customer")
     flagged = result.scores.join(active.with_columns(bad=True), on=["day", "customer"], how="left")
-    ap = pl.when(pl.col("bad") & (pl.col("method") == RANKER)).then(0.0).otherwise("ap")
+    ap = pl.when(pl.col("bad") & (pl.col("method") == RANKER)).then(0.0).otherwise("value")
     section = segments_section(
-        replace(result, scores=flagged.with_columns(ap=ap).drop("bad")), comparison
+        replace(result, scores=flagged.with_columns(value=ap).drop("bad")), comparison
     )
     assert "activity 'active'" in " ".join(alert.text for alert in section.alerts)
     assert not segments_section(result, comparison).alerts
@@ -182,7 +182,7 @@ def test_customer_examples_are_diverse_and_anonymous(result, history):
     for example in examples:
         n_hits = sum(article["hit"] for article in example["recommended"])
         assert n_hits == sum(article["recommended"] for article in example["purchases"])
-        assert (n_hits > 0) == (example["average_precision"] > 0)
+        assert (n_hits > 0) == (example["score"] > 0)
 
 
 def test_customer_example_html():
@@ -194,7 +194,8 @@ def test_customer_example_html():
         "recommended": [{"name": "A & B", "hit": True, "is_repurchase": False}],
         "purchases": [{"name": "A & B", "is_candidate": True, "recommended": True}],
         "week": "2020-09-16",
-        "average_precision": 1.0,
+        "metric": "MAP@12",
+        "score": 1.0,
     }
     html = example_html(example)
     assert "age &lt;b&gt;" in html and "<b>A &amp; B ✓ bought</b>" in html

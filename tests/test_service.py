@@ -398,7 +398,9 @@ def test_similar_returns_other_articles(client):
 
 def test_model_and_ready_routes_describe_model(client, trained_lake):
     card = client.get("/model").json()
-    assert card["model_version"] == get_champion(trained_lake) and card["map12"][card["method"]] > 0
+    assert (
+        card["model_version"] == get_champion(trained_lake) and card["scores"][card["method"]] > 0
+    )
     ready = client.get("/readyz").json()
     assert ready["status"] == "ok" and ready["age_days"] > 1_000 and ready["load_error"] is None
 

@@ -5,6 +5,7 @@ from datetime import timedelta
 import numpy as np
 import polars as pl
 import pytest
+from hm_reco.ranking.scoring import score_lists
 
 from hm_reco.data.history import generate_history
 from hm_reco.data.synthetic import (
@@ -14,7 +15,7 @@ from hm_reco.data.synthetic import (
     write_synthetic,
 )
 from hm_reco.ranking.baselines import BASELINES
-from hm_reco.ranking.metrics import average_precision
+from hm_reco.ranking.metrics import METRICS
 from hm_reco.ranking.weeks import build_week
 
 
@@ -29,9 +30,11 @@ def baselines() -> dict[str, float]:
     return {
         name: np.concatenate(
             [
-                average_precision(
-                    BASELINES[name](w.aggregates, w.purchases, w.buyers, 12), w.ground_truth
-                )["ap"]
+                score_lists(
+                    BASELINES[name](w.aggregates, w.purchases, w.buyers, 12),
+                    w.ground_truth,
+                    METRICS[:1],
+                )["MAP@12"]
                 for w in weeks
             ]
         ).mean()

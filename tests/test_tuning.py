@@ -7,12 +7,13 @@ import lightgbm as lgb
 import numpy as np
 import polars as pl
 import pytest
+from hm_reco.ranking.scoring import score_lists
 
 from hm_reco.data.history import generate_history
 from hm_reco.lake.storage import Lake
 from hm_reco.ranking import tuning
 from hm_reco.ranking.backtest import evaluate
-from hm_reco.ranking.metrics import average_precision
+from hm_reco.ranking.metrics import METRICS
 from hm_reco.ranking.plan import BacktestPlan
 from hm_reco.ranking.ranker import RankerSettings, downsample_negatives, rank_by_score, to_dataset
 from hm_reco.ranking.tuning import (
@@ -113,9 +114,9 @@ def test_train_segments_equal_single_training(weeks):
     for _ in range(trees):
         booster.update()
     scores = booster.predict(validation_set.matrix.values, raw_score=True)
-    assert np.allclose(
-        ap_by_step[-2], validation_set.compute_average_precision(scores)
-    ) and not np.array_equal(ap_by_step[-1], ap_by_step[-2])
+    assert np.allclose(ap_by_step[-2], validation_set.score(scores)) and not np.array_equal(
+        ap_by_step[-1], ap_by_step[-2]
+    )
 
 
 def test_smoothing_example():
@@ -145,16 +146,12 @@ def test_validation_set_ap_equals_metric(weeks):
     (week, matrix), rng = weeks[0], np.random.default_rng(0)
     scores = rng.integers(0, 50, len(matrix.label)).astype(float)  # many ties
     lists = rank_by_score(matrix.pairs.with_columns(score=pl.Series(scores)), 12)
-    expected = average_precision(lists, week.ground_truth)["ap"].to_numpy()
+    expected = score_lists(lists, week.ground_truth, METRICS[:1])["MAP@12"].to_numpy()
     validation_set = build_validation_set(week, matrix)
-    assert expected.any() and np.allclose(
-        validation_set.compute_average_precision(scores), expected
-    )
+    assert expected.any() and np.allclose(validation_set.score(scores), expected)
     sampled = sample_customers(validation_set, 5, 0)
     positions = np.searchsorted(validation_set.customers, sampled.customers)
     rows = np.concatenate([np.arange(*matrix.start[n : n + 2]) for n in positions])
-    assert np.allclose(sampled.compute_average_precision(scores[rows]), expected[positions])
+    assert np.allclose(sampled.score(scores[rows]), expected[positions])
     combined = concat_validation_sets([validation_set, validation_set])
-    assert np.allclose(
-        combined.compute_average_precision(np.r_[scores, scores]), np.r_[expected, expected]
-    )
+    assert np.allclose(combined.score(np.r_[scores, scores]), np.r_[expected, expected])

@@ -17,7 +17,7 @@ from uuid import uuid4
 import polars as pl
 
 from .schemas import Event
-from ..data.segments import ONLINE
+from ..data.segments import ONLINE, STORE
 from ..lake.storage import Lake
 from ..lake.tables import append
 
@@ -44,7 +44,7 @@ def to_frame(events: list[Event]) -> pl.DataFrame:
 
 def to_transactions(rows: pl.DataFrame) -> pl.DataFrame:
     """Return the purchases in the columns of the transactions."""
-    channel = pl.when(pl.col("channel") == "online").then(ONLINE).otherwise(1)
+    channel = pl.when(pl.col("channel") == "online").then(ONLINE).otherwise(STORE)
     return rows.filter(kind="purchase").select(
         pl.col("at").dt.date().alias("t_dat"),
         "customer_id",

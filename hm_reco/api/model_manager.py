@@ -20,10 +20,12 @@ from .schemas import ModelCard
 from ..data.history import load_history
 from ..lake.storage import Lake
 from ..lake.tables import MissingTableError
+from ..ranking.metrics import DEFAULT_METRIC
 from ..registry.bundle import Bundle, load_bundle
 from ..registry.registry import Model, NoModelError, get_champion, read_models
+from ..serving.array_file import SnapshotError
 from ..serving.recommend import Recommender, build_recommender, recommend
-from ..serving.snapshot import SnapshotError, list_snapshots, load_snapshot
+from ..serving.snapshot import list_snapshots, load_snapshot
 
 log = logging.getLogger("hm_reco.service")
 
@@ -175,7 +177,8 @@ def build_model_card(loaded_model: LoadedModel) -> ModelCard:
         method=model.method,
         trained_as_of=date.fromisoformat(model.as_of),
         answers_as_of=loaded_model.recommender.day,
-        map12=metrics.get("map12", {}),
+        metric=metrics.get("metric", DEFAULT_METRIC),
+        scores=metrics.get("scores", {}),
         improvement=metrics.get("improvement", []),
         weeks=metrics.get("weeks", {}),
         tables=model.tables,

@@ -18,6 +18,8 @@ import polars as pl
 from .model_manager import LoadedModel
 from .responses import find_similar, respond
 from .schemas import PredictRequest, SimilarRequest
+from ..data.segments import RECENT_DAYS
+from ..ranking.metrics import DEFAULT_METRIC
 from ..serving.recommend import get_index
 from reports.pages import render_page
 
@@ -223,7 +225,8 @@ def list_example_customers(current: LoadedModel) -> list[dict[str, str]]:
     customers = current.recommender.customers
     size, start = np.diff(customers.start)[:-1], customers.start[:-2]
     active = np.flatnonzero(
-        (size > 0) & (customers.days_ago[np.minimum(start, len(customers.days_ago) - 1)] <= 28)
+        (size > 0)
+        & (customers.days_ago[np.minimum(start, len(customers.days_ago) - 1)] <= RECENT_DAYS)
     )
     ordered = active[np.argsort(-size[active], kind="stable")]
     rows = (
@@ -267,10 +270,11 @@ def build_page(current: LoadedModel | None, query: str = "", session: Sequence[s
 
 def _describe_model(current: LoadedModel) -> dict[str, str]:
     model = current.model
-    score = model.metrics.get("map12", {}).get(model.method)
+    score = model.metrics.get("scores", {}).get(model.method)
     weeks = model.metrics.get("weeks", {}).get(model.method, {})
-    score_text = "" if score is None else f"{score:.4f} over {len(weeks)} weeks"
-    description = {"version": model.version, "method": model.method, "map12": score_text}
+    metric = model.metrics.get("metric", DEFAULT_METRIC)
+    score_text = "" if score is None else f"{metric} {score:.4f} over {len(weeks)} weeks"
+    description = {"version": model.version, "method": model.method, "score": score_text}
     return description | {"day": str(current.recommender.day)}
 
 # %% ../../nbs/api/08_page.ipynb #ae3b010b

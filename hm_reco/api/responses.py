@@ -16,7 +16,7 @@ import numpy as np
 
 from .catalogue import Catalogue, find_eligible_articles
 from .schemas import Context, PredictRequest, RecentArticle, SimilarRequest
-from ..data.segments import ONLINE
+from ..data.segments import ONLINE, STORE
 from ..ranking.features import FeatureMatrix, build_feature_matrix, get_reason
 from ..retrieval.arrays import CsrLists, CustomerArrays
 from ..retrieval.candidate_sources import SOURCE_NAMES
@@ -47,7 +47,7 @@ def session_from_request(
         if (article := get_index(recommender.article_ids, id_)) >= 0:
             articles.append(article)
             days_ago.append(1 + max((now - _to_utc(viewed_at)).days, 0) if viewed_at else 1)
-    channel = ONLINE if context.channel == "online" else 1
+    channel = ONLINE if context.channel == "online" else STORE
     return Session(articles, days_ago, channel, min(max(days_after, 0), MAX_DAYS_AFTER))
 
 

@@ -215,10 +215,13 @@ class ModelCard(BaseModel):
     method: str
     trained_as_of: dt.date
     answers_as_of: dt.date
-    map12: dict[str, float] = Field(description="Mean over the evaluated customer-weeks, by method")
+    metric: str = Field(description="Metric by which models are compared, such as MAP@12")
+    scores: dict[str, float] = Field(
+        description="Mean over the evaluated customer-weeks, by method"
+    )
     improvement: list[float] = Field(description="Over the best baseline: mean, 95 % interval")
     weeks: dict[str, dict[str, list[float]]] = Field(
-        description="By method and week: MAP@12 and its 95 % interval"
+        description="By method and week: the metric and its 95 % interval"
     )
     tables: dict[str, int] = Field(description="Versions of the tables that it was trained on")
     git_commit: str

@@ -39,7 +39,8 @@ def build_bundles(
     metrics = {
         "baseline": comparison.baseline,
         "improvement": [improvement.mean, improvement.low, improvement.high],
-        "map12": {name: interval.mean for name, interval in comparison.means.items()},
+        "metric": str(comparison.metric),
+        "scores": {name: interval.mean for name, interval in comparison.means.items()},
         "weeks": _compute_weekly_means(result),
     }
     version, tables = f"{provenance.run_id}-ranker", provenance.tables
@@ -63,11 +64,11 @@ def build_bundles(
 
 # %% ../../nbs/registry/02_registration.ipynb #c0d82b0b
 def _compute_weekly_means(result: Evaluation) -> dict[str, dict[str, list[float]]]:
-    """Return MAP@12 and its 95 % interval by method and week."""
+    """Return the metric and its 95 % interval by method and week."""
     means: dict[str, dict[str, list[float]]] = {}
     groups = result.scores.sort("method", "day").partition_by("method", "day", as_dict=True)
     for (method, day), group in groups.items():
-        interval = bootstrap(group["customer"].to_numpy(), group["ap"].to_numpy(), draws=500)
+        interval = bootstrap(group["customer"].to_numpy(), group["value"].to_numpy(), draws=500)
         means.setdefault(str(method), {})[str(day)] = [
             round(x, 6) for x in (interval.mean, interval.low, interval.high)
         ]

@@ -22,7 +22,12 @@ from ..lake.published import publish_versions, restore_published
 from ..lake.runs import from_frame, to_frame
 from ..lake.storage import REGISTRY, Lake, read_published, resolve_file, write_file
 from ..lake.tables import append, get_latest_version, has_table, scan
-from ..ranking.metrics import compute_paired_difference
+from hm_reco.ranking.metrics import (
+    DEFAULT_METRIC,
+    Metric,
+    compute_paired_difference,
+    get_metric,
+)
 from ..ranking.ranker import RANKER
 
 # %% ../../nbs/registry/00_registry.ipynb #bdb0a988
@@ -109,7 +114,7 @@ SCORES_FILE = "scores.parquet"
 
 
 def save_scores(lake: Lake, version: str, scores: pl.DataFrame) -> None:
-    """Save `day`, `customer`, `method`, `ap` of a model and the baselines."""
+    """Save `day`, `customer`, `method` and all metrics of a model and the baselines."""
     buffer = BytesIO()
     scores.write_parquet(buffer)
     write_file(lake.path(*MODELS, version, SCORES_FILE), buffer.getvalue())
@@ -145,27 +150,36 @@ def check_promotion(lake: Lake, version: str) -> PromotionCheck:
             "list them with: hm models"
         )
     lineage, scores = list_champions(events), load_scores(lake, version)
-    model, model_scores = candidates[version], _select_method(scores, candidates[version].method)
+    model = candidates[version]
+    model_scores = _select_method(scores, model.method, _get_metric(model))
     checks = [_check_against_baseline(model, scores, model_scores)]
     if lineage:
         checks.append(_check_against_champion(lake, model, model_scores, candidates[lineage[-1]]))
     return PromotionCheck(all(passed for passed, _ in checks), [text for _, text in checks])
 
 # %% ../../nbs/registry/00_registry.ipynb #744aff3f
-def _select_method(scores: pl.DataFrame, method: str) -> pl.DataFrame:
-    return scores.filter(method=method).select("day", "customer", "ap")
+def _select_method(scores: pl.DataFrame, method: str, metric: Metric) -> pl.DataFrame:
+    """Return `day`, `customer`, `value` of a method; a larger value is better."""
+    value = metric.orient(pl.col(str(metric)))
+    return scores.filter(method=method).select("day", "customer", value=value)
+
+
+def _get_metric(model: Model) -> Metric:
+    """Return the metric by which a model is compared."""
+    return get_metric(model.metrics.get("metric", DEFAULT_METRIC))
 
 
 def _check_against_baseline(
     model: Model, scores: pl.DataFrame, model_scores: pl.DataFrame
 ) -> tuple[bool, str]:
-    baseline_means = (
-        scores.filter(pl.col("method") != RANKER).group_by("method").agg(pl.col("ap").mean())
-    )
-    best_baseline = baseline_means.sort("ap", "method")["method"][-1]
+    metric = _get_metric(model)
+    value = metric.orient(pl.col(str(metric))).mean()
+    by_baseline = scores.filter(pl.col("method") != RANKER).group_by("method").agg(value=value)
+    best_baseline = by_baseline.sort("value", "method")["method"][-1]
     if model.method != RANKER:
         return True, f"a baseline, {model.method!r}"
-    improvement = compute_paired_difference(model_scores, _select_method(scores, best_baseline))
+    baseline_scores = _select_method(scores, best_baseline, metric)
+    improvement = compute_paired_difference(model_scores, baseline_scores)
     beats = improvement is not None and improvement.low > 0
     return beats, f"{'beats' if beats else 'does not beat'} {best_baseline!r}: {improvement}"
 
@@ -175,7 +189,10 @@ def _check_against_champion(
 ) -> tuple[bool, str]:
     if model.version == champion.version:
         return False, f"{model.version} is champion already"
-    champion_scores = _select_method(load_scores(lake, champion.version), champion.method)
+    metric, scores = _get_metric(model), load_scores(lake, champion.version)
+    if str(metric) not in scores.columns:
+        return False, f"the champion {champion.version} was not evaluated by {metric}"
+    champion_scores = _select_method(scores, champion.method, metric)
     improvement = compute_paired_difference(model_scores, champion_scores)
     if improvement is None:
         return False, f"shares no evaluated customer-week with the champion {champion.version}"
@@ -245,13 +262,14 @@ def build_model_rows(lake: Lake) -> list[dict[str, Any]]:
 
 
 def _build_model_row(model: Model, state: str, latest: Model) -> dict[str, Any]:
-    map12: Mapping[str, Any] = model.metrics.get("map12", {})
+    scores: Mapping[str, Any] = model.metrics.get("scores", {})
     return {
         "version": model.version,
         "state": state + (" (forced)" if latest.forced and state == "champion" else ""),
         "method": model.method,
         "as of": model.as_of,
-        "MAP@12": f"{map12[model.method]:.4f}" if model.method in map12 else "–",
+        "metric": str(_get_metric(model)),
+        "score": f"{scores[model.method]:.4f}" if model.method in scores else "–",
         "made": f"{model.created:%Y-%m-%d %H:%M}",
         "run": model.run_id,
         "commit": model.git_commit[:9],

@@ -16,66 +16,38 @@ import pandas as pd
 import polars as pl
 
 from ..data.segments import AGE_BAND_LABELS, CHANNEL_NAMES, is_on_sale
-from ..ranking.backtest import Evaluation
+from ..ranking.backtest import LIST_LENGTH, Evaluation
 from ..ranking.features import FeatureMatrix, build_feature_matrix, get_reason
 from ..ranking.forest import predict_scores as forest_scores
-from ..ranking.metrics import bootstrap
+from ..ranking.metrics import Metric, bootstrap, get_metric
 from ..ranking.ranker import RANKER
 from ..retrieval.candidate_sources import SOURCE_NAMES
 from ..serving.recommend import Recommender
 
 # %% ../../nbs/reporting/09_analysis.ipynb #91522897
-def compute_quality(result: Evaluation) -> pd.DataFrame:
-    """Return the measures above by method, over all evaluation weeks."""
-    lists = result.lists.filter(pl.col("rank") <= 12).lazy()
-    n_purchases = result.customers["purchases"].sum()
-    hits = lists.group_by("method", maintain_order=True).agg(
-        recall=pl.col("hit").sum() / n_purchases,
-        first_time=1 - pl.col("is_repurchase").filter("hit").mean(),
-    )
-    tables = [
-        hits.collect(),
-        _compute_ndcg(result),
-        _compute_coverage(result),
-        _compute_diversity(result),
-    ]
-    table = tables[0]
-    for addition in tables[1:]:
+def compute_quality(
+    result: Evaluation,
+) -> pd.DataFrame:  # a row per method
+    """Return all metrics and the measures above, over all evaluation weeks."""
+    lists = result.lists.filter(pl.col("rank") <= LIST_LENGTH)
+    first_time = 1 - pl.col("is_repurchase").filter("hit").mean()
+    table = lists.group_by("method", maintain_order=True).agg(first_time.alias("first-time hits"))
+    labels = [name for name in result.scores.columns if "@" in name]
+    means = result.scores.group_by("method").agg(pl.col(labels).mean())
+    for addition in (means, _compute_coverage(result), _compute_diversity(result)):
         table = table.join(addition, on="method", how="left", maintain_order="left")
-    mean_ap = result.scores.group_by("method").agg(pl.col("ap").mean())
-    table = table.join(mean_ap, on="method", maintain_order="left")
-    names = {
-        "ap": "MAP@12",
-        "recall": "recall@12",
-        "ndcg": "NDCG@12",
-        "first_time": "first-time hits",
-    }
-    selected = table.select("method", *names, "coverage", "novelty", "diversity").rename(names)
+    selected = table.select(
+        "method", *labels, "first-time hits", "coverage", "novelty", "diversity"
+    )
     return pd.DataFrame(selected.to_dict(as_series=False)).set_index("method").rename_axis(None)
 
 # %% ../../nbs/reporting/09_analysis.ipynb #858d5820
-def _compute_ndcg(result: Evaluation) -> pl.DataFrame:
-    """Return NDCG@12 by method: the gain divided by that of a list with all purchases on top."""
-    gain = (1 / (pl.col("rank") + 1).log(2)).filter("hit").sum()
-    gains = (
-        result.lists.filter(pl.col("rank") <= 12)
-        .group_by("method", "day", "customer")
-        .agg(gain=gain)
-    )
-    ideal = np.cumsum(1 / np.log2(np.arange(2, 14)))
-    ideal_gains = result.customers.select(
-        "day", "customer", ideal=pl.Series(ideal[result.customers["purchases"].clip(1, 12) - 1])
-    )
-    by_list = gains.join(ideal_gains, on=["day", "customer"])
-    return by_list.group_by("method").agg(ndcg=(pl.col("gain") / pl.col("ideal")).mean())
-
-
 def _compute_coverage(result: Evaluation) -> pl.DataFrame:
     """Return coverage and novelty by method."""
     on_sale = result.article_stats.filter(is_on_sale())
     share = (pl.col("sold_28") + 1) / (pl.col("sold_28") + 1).sum().over("day")
     novelty = on_sale.select("day", "article", bits=-share.log(2))
-    lists = result.lists.filter(pl.col("rank") <= 12).join(novelty, on=["day", "article"])
+    lists = result.lists.filter(pl.col("rank") <= LIST_LENGTH).join(novelty, on=["day", "article"])
     by_day = lists.group_by("method", "day").agg(
         pl.col("article").n_unique(), pl.col("bits").mean()
     )
@@ -87,7 +59,9 @@ def _compute_coverage(result: Evaluation) -> pl.DataFrame:
 def _compute_diversity(result: Evaluation) -> pl.DataFrame:
     """Return the share of pairs of different types by method, as the mean over lists."""
     types = result.article_stats.select("day", "article", "type")
-    lists = result.lists.filter(pl.col("rank") <= 12).join(types, on=["day", "article"], how="left")
+    lists = result.lists.filter(pl.col("rank") <= LIST_LENGTH).join(
+        types, on=["day", "article"], how="left"
+    )
     counts = lists.group_by("method", "day", "customer", "type").agg(n=pl.len().cast(pl.Float64))
     n = pl.col("n")
     same_type = (n * (n - 1)).sum() / (n.sum() * (n.sum() - 1)).clip(1)
@@ -96,12 +70,12 @@ def _compute_diversity(result: Evaluation) -> pl.DataFrame:
 
 # %% ../../nbs/reporting/09_analysis.ipynb #e2cbbfa6
 def compare_segments(result: Evaluation, method: str, reference: str) -> list[dict[str, Any]]:
-    """Return MAP@12 of two methods by activity, age and channel; one row per segment.
+    """Return the metric of two methods by activity, age and channel; one row per segment.
 
     `improvement` is that of `method` over `reference` on the same customers and weeks; `low` and
     `high` are its 95 % interval.
     """
-    keys = ["day", "customer"]
+    keys, metric = ["day", "customer"], get_metric(result.plan.metric)
     method_scores, reference_scores = (
         result.scores.filter(method=name) for name in (method, reference)
     )
@@ -109,7 +83,7 @@ def compare_segments(result: Evaluation, method: str, reference: str) -> list[di
         add_labels(result.customers), on=keys
     )
     return [
-        {"dimension": dimension, **_compare_segment(part, segment, method, reference)}
+        {"dimension": dimension, **_compare_segment(part, segment, method, reference, metric)}
         for dimension in ("activity", "age", "channel")
         for (segment,), part in joined.sort(dimension, *keys)
         .partition_by(dimension, as_dict=True)
@@ -129,11 +103,12 @@ def add_labels(customers: pl.DataFrame) -> pl.DataFrame:
 
 
 def _compare_segment(
-    part: pl.DataFrame, segment: object, method: str, reference: str
+    part: pl.DataFrame, segment: object, method: str, reference: str, metric: Metric
 ) -> dict[str, Any]:
-    ap, reference_ap = part["ap"].to_numpy(), part["ap_right"].to_numpy()
-    improvement = bootstrap(part["customer"].to_numpy(), ap - reference_ap)
-    means = {reference: float(reference_ap.mean()), method: float(ap.mean())}
+    values, reference_values = part["value"].to_numpy(), part["value_right"].to_numpy()
+    difference = metric.orient(values - reference_values)
+    improvement = bootstrap(part["customer"].to_numpy(), difference)
+    means = {reference: float(reference_values.mean()), method: float(values.mean())}
     return {"segment": segment, "customer_weeks": part.height, **means} | {
         "improvement": improvement.mean,
         "low": improvement.low,

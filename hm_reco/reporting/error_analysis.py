@@ -142,7 +142,7 @@ def missed_purchases_section(
     share = {name: outcomes.filter(outcome=name).height / total for name in OUTCOMES}
     never_sold_share = outcomes.filter(pl.col("kind") == ARTICLE_KINDS[3]).height / total
     ranker_scores = result.scores.filter(pl.col("method") == RANKER)
-    hit_share = ranker_scores.filter(pl.col("ap") > 0).height / max(ranker_scores.height, 1)
+    hit_share = ranker_scores.filter(pl.col("value") > 0).height / max(ranker_scores.height, 1)
     findings = [
         f"{format_percent(share['recommended'])} of the {outcomes.height:,} purchases were among "
         f"the twelve recommended articles; {format_percent(share['ranked lower'])} were candidates "
@@ -179,7 +179,7 @@ def find_worst_cases(
         result.scores.filter(method=name) for name in (RANKER, comparison.baseline)
     )
     joined = ranker_scores.join(baseline_scores, on=keys).with_columns(
-        loss=pl.col("ap_right") - pl.col("ap")
+        loss=comparison.metric.orient(pl.col("value_right") - pl.col("value"))
     )
     losses = joined.filter(pl.col("loss") > 0).sort("loss", *keys, descending=[True, False, False])
     return [
@@ -245,10 +245,10 @@ def sample_examples(result: Evaluation, count: int = 10, seed: int = 0) -> pl.Da
     day = result.customers["day"].max()
     scores = result.scores.filter(pl.col("method") == RANKER, pl.col("day") == day)
     customers = result.customers.filter(day=day).join(
-        scores.select("customer", "ap"), on="customer"
+        scores.select("customer", "value"), on="customer"
     )
     permutation = np.random.default_rng(seed).permutation(customers.height)
-    shuffled = customers.sort("customer")[permutation].with_columns(hit=pl.col("ap") > 0)
+    shuffled = customers.sort("customer")[permutation].with_columns(hit=pl.col("value") > 0)
     turn = pl.int_range(pl.len()).over("activity", "hit")
     ordered = shuffled.with_columns(turn=turn).sort("turn", "activity", "hit", maintain_order=True)
     return ordered.head(count).sort(
@@ -311,7 +311,8 @@ def _build_example(result: Evaluation, history: History, row: dict[str, Any]) ->
             )
         ],
         "week": day,
-        "average_precision": row["ap"],
+        "metric": result.plan.metric,
+        "score": row["value"],
     }
 
 # %% ../../nbs/reporting/11_error_analysis.ipynb #6c435438

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from ..ranking.backtest import Evaluation
 from ..ranking.comparison import BaselineComparison, compare_with_baselines
-from ..ranking.features import get_reason
+from ..ranking.features import build_catalogue, get_reason
 from ..ranking.metrics import bootstrap
 from ..ranking.ranker import RANKER, compute_importance
 from ..ranking.tuning import TuningResult
@@ -39,13 +39,13 @@ from hm_reco.reporting.section import (
 )
 
 # %% ../../nbs/reporting/10_model_report.ipynb #77f2db81
-def _compute_map_by_week(result: Evaluation, methods: Sequence[str]) -> list[dict[str, Any]]:
-    """Return MAP@12 with its interval by week and method."""
+def _compute_means_by_week(result: Evaluation, methods: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the metric with its interval by week and method."""
     rows = []
     for day, week in result.scores.sort("day").partition_by("day", as_dict=True).items():
         for name in methods:
             group = week.filter(method=name)
-            interval = bootstrap(group["customer"].to_numpy(), group["ap"].to_numpy())
+            interval = bootstrap(group["customer"].to_numpy(), group["value"].to_numpy())
             rows.append(
                 {"day": day[0], "method": name, **vars(interval), "customers": group.height}
             )
@@ -57,18 +57,21 @@ def comparison_section(
 ) -> Section:
     """Build the section that compares the ranker with the baselines, overall and by week."""
     methods = list(dict.fromkeys([RANKER, comparison.baseline, "popular, 7 days"]))
-    weeks = _compute_map_by_week(result, methods)
-    ranker_map, baseline_map = comparison.means[RANKER], comparison.means[comparison.baseline]
+    weeks = _compute_means_by_week(result, methods)
+    ranker_mean, baseline_mean = comparison.means[RANKER], comparison.means[comparison.baseline]
     by_day = {(row["day"], row["method"]): row["mean"] for row in weeks}
     improvements = {
-        d: by_day[d, RANKER] - by_day[d, comparison.baseline] for d, m in by_day if m == RANKER
+        d: comparison.metric.orient(by_day[d, RANKER] - by_day[d, comparison.baseline])
+        for d, method in by_day
+        if method == RANKER
     }
     lost_days = sorted(day for day, improvement in improvements.items() if improvement <= 0)
     count = result.customers.height
     findings = [
-        f"Over {len(improvements)} weeks and {count:,} customer-weeks the ranker has a MAP@12 of "
-        f"{ranker_map}; the best baseline, {comparison.baseline!r}, {baseline_map}. That is "
-        f"{ranker_map.mean / max(baseline_map.mean, 1e-9):.2f} times as much, an improvement of "
+        f"Over {len(improvements)} weeks and {count:,} customer-weeks the ranker has a "
+        f"{comparison.metric} of {ranker_mean}; the best baseline, {comparison.baseline!r}, "
+        f"{baseline_mean}. That is "
+        f"{ranker_mean.mean / max(baseline_mean.mean, 1e-9):.2f} times as much, an improvement of "
         f"{comparison.improvement}.",
         "The whole interval of the improvement lies above 0: it is significant."
         if comparison.beats_baseline
@@ -78,6 +81,7 @@ def comparison_section(
         f"Promotion: {promotion}.",
     ]
     figures = {
+        "metric": str(comparison.metric),
         "methods": [{"method": name, **vars(i)} for name, i in comparison.means.items()],
         "weeks": weeks,
         "improvement": vars(comparison.improvement),
@@ -110,7 +114,7 @@ def _build_baseline_alerts(
 
 # %% ../../nbs/reporting/10_model_report.ipynb #f7dacebb
 def draw_comparison(section: Section) -> Figure:
-    """Plot MAP@12 of each method with its interval."""
+    """Plot the metric of each method with its interval."""
     rows = section.figures["methods"]
     figure = Figure(figsize=(7.2, 0.4 + 0.3 * len(rows)))
     axes = figure.subplots()
@@ -119,13 +123,13 @@ def draw_comparison(section: Section) -> Figure:
         axes.plot([row["low"], row["high"]], [position, position], color=colour, linewidth=2)
         axes.plot(row["mean"], position, "o", color=colour)
     axes.set_yticks(range(len(rows)), [row["method"] for row in rows])
-    axes.set(xlabel="MAP@12, 95 % interval", xlim=(0, None))
+    axes.set(xlabel=f"{section.figures['metric']}, 95 % interval", xlim=(0, None))
     axes.grid(axis="x")
     return figure
 
 
 def draw_weeks(section: Section) -> Figure:
-    """Plot MAP@12 by evaluation week."""
+    """Plot the metric by evaluation week."""
     weeks = pd.DataFrame(section.figures["weeks"]).assign(
         day=lambda frame: pd.to_datetime(frame.day)
     )
@@ -134,7 +138,7 @@ def draw_weeks(section: Section) -> Figure:
     for colour, (name, part) in zip(COLOURS, weeks.groupby("method", sort=False), strict=False):
         axes.fill_between(part["day"], part["low"], part["high"], color=colour, alpha=0.15)
         axes.plot(part["day"], part["mean"], ".-", color=colour, label=name)
-    axes.set(ylabel="MAP@12", ylim=(0, None))
+    axes.set(ylabel=section.figures["metric"], ylim=(0, None))
     format_date_axis(axes)
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
     return figure
@@ -156,8 +160,9 @@ def segments_section(result: Evaluation, comparison: BaselineComparison) -> Sect
             pick(large, key=lambda row: row[RANKER]) for pick in (max, min)
         )
         findings = [
-            f"MAP@12 is highest for {_format_segment(best_segment)} ({best_segment[RANKER]:.4f}) "
-            f"and lowest for {_format_segment(worst_segment)} ({worst_segment[RANKER]:.4f}). Of "
+            f"{result.plan.metric} is highest for {_format_segment(best_segment)} "
+            f"({best_segment[RANKER]:.4f}) and lowest for {_format_segment(worst_segment)} "
+            f"({worst_segment[RANKER]:.4f}). Of "
             f"{len(large)} segments with {MIN_SEGMENT_SIZE} or more customer-weeks, the ranker is "
             f"significantly better than {comparison.baseline!r} in {len(significant[1])} and "
             f"significantly worse in {len(significant[-1])}.",
@@ -174,6 +179,7 @@ def segments_section(result: Evaluation, comparison: BaselineComparison) -> Sect
     )
     alerts = [_build_segment_alert(row, comparison.baseline) for row in significant[-1]]
     figures = {
+        "metric": result.plan.metric,
         "segments": rows,
         "sales": compare_popularity_bands(result, [RANKER, comparison.baseline]),
     }
@@ -217,7 +223,8 @@ def draw_segments(section: Section) -> Figure:
     names = [f"{row['dimension']}: {row['segment']} ({row['customer_weeks']:,})" for row in rows]
     axes.set_yticks(range(len(rows)), names)
     axes.axvline(0, color="0.5", linewidth=1)
-    axes.set(xlabel="improvement in MAP@12, 95 % interval; in brackets: customer-weeks")
+    metric = section.figures["metric"]
+    axes.set(xlabel=f"improvement in {metric}, 95 % interval; in brackets: customer-weeks")
     return figure
 
 # %% ../../nbs/reporting/10_model_report.ipynb #0b190ce7
@@ -283,6 +290,13 @@ def draw_source_recall(section: Section) -> Figure:
     return figure
 
 # %% ../../nbs/reporting/10_model_report.ipynb #18b47920
+def _describe_features(gains: pl.DataFrame) -> pl.DataFrame:
+    """Return the catalogue of the features with the share of the gain, the most used first."""
+    by_name = gains.rename({"feature": "name"})
+    described = build_catalogue().join(by_name, on="name", how="left")
+    return described.sort("gain", "name", descending=[True, False], nulls_last=True)
+
+
 def explanation_section(result: Evaluation, tuned: TuningResult | None = None) -> Section:
     """Build the section on importance, directions, settings and trials of the ranker."""
     gains = compute_importance(result.booster, len(result.sample.names))
@@ -307,7 +321,9 @@ def explanation_section(result: Evaluation, tuned: TuningResult | None = None) -
         + (f", found in {len(trials)} trials." if len(trials) > 1 else "."),
     ]
     figures = {
+        "metric": result.plan.metric,
         "importance": to_records(gains.head(20)),
+        "features": to_records(_describe_features(gains)),
         "themes": to_records(themes),
         "dependence": [row for name in names for row in curves[name]],
         "settings": vars(result.settings),
@@ -368,6 +384,6 @@ def draw_trials(section: Section) -> Figure:
     grid[0].step(
         complete["trial"], complete["value"].cummax(), where="post", color="0.5", linewidth=1
     )
-    grid[0].set(ylabel="MAP@12 on the tuning weeks")
+    grid[0].set(ylabel=f"{section.figures['metric']} on the tuning weeks")
     grid[0].legend(frameon=False)
     return figure

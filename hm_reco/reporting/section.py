@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TAG_PATTERN', 'LONG_NUMBER', 'FOREGROUND', 'COLOURS', 'PLOT_STYLE', 'MAX_ROWS', 'Alert', 'Section', 'Report',
            'to_json', 'to_records', 'format_percent', 'format_date_axis', 'to_svg', 'figure_html', 'table_html',
-           'dump_report', 'build_report_schema', 'save_report', 'section_html', 'summary_html', 'alerts_html']
+           'fold_html', 'dump_report', 'build_report_schema', 'save_report', 'section_html', 'summary_html',
+           'alerts_html']
 
 # %% ../../nbs/reporting/00_section.ipynb #6de445c1
 import json
@@ -167,6 +168,14 @@ def table_html(rows: Sequence[dict[str, Any]], caption: str = "", **formats: str
     html = re.sub(r"<style>.*?</style>", "", formatted.as_raw_html(), flags=re.DOTALL)
     html = re.sub(r'(<div) id="[^"]*" style="[^"]*"', r'\1 class="scroll" tabindex="0"', html)
     return HTML(html)
+
+# %% ../../nbs/reporting/00_section.ipynb #ab6c171c
+def fold_html(
+    html: HTML,
+    summary: str,  # the line that stays visible
+) -> HTML:
+    """Fold a long table: a reader opens it with a click."""
+    return HTML(f"<details><summary>{escape(summary)}</summary>{html.data}</details>")
 
 # %% ../../nbs/reporting/00_section.ipynb #0d183bdf
 def dump_report(report: Report) -> str:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
-from ..compute.dispatch import build_dispatch
 
+from ..compute.dispatch import build_dispatch
 from ..compute.jit import jit, parallel_map
 from .accumulator import Accumulator, get_thread_accumulator
 from .arrays import ArticleIndex, CustomerArrays

@@ -23,6 +23,7 @@ from ..lake.tables import append
 from ..ranking.backtest import Evaluation, TrainingBackend, evaluate
 from ..ranking.comparison import BaselineComparison, compare_with_baselines
 from ..ranking.features import FeatureMatrix
+from ..ranking.metrics import get_metric
 from ..ranking.plan import BacktestPlan, resolve_plan
 from ..ranking.ranker import RANKER, RankerSettings
 from ..ranking.tuning import TuningResult, ValidationSet, tune
@@ -148,7 +149,7 @@ def train_and_register(
     )
     result = evaluate(history, plan, settings, two_tower, tuner, on_checkpoint, backend)
     comparison, tuned = (
-        compare_with_baselines(result.scores),
+        compare_with_baselines(result.scores, get_metric(plan.metric)),
         tuning_results[0] if tuning_results else None,
     )
     bundles = build_bundles(result, comparison, provenance)
@@ -175,7 +176,8 @@ def build_metrics(trained: TrainingResult) -> dict[str, Any]:
         for name, interval in comparison.means.items()
     }
     return {
-        "map12": {name: [round(x, 6) for x in row] for name, row in rows.items()},
+        "metric": str(comparison.metric),
+        "scores": {name: [round(x, 6) for x in row] for name, row in rows.items()},
         "best_baseline": comparison.baseline,
         "improvement": [
             round(x, 6)

@@ -13,7 +13,7 @@ app = typer.Typer()
 
 @app.command()
 def models(lake: LakeOption = None, as_json: JsonOption = False) -> None:
-    """List the models of a lake, the latest first: state, MAP@12, commit, promotion result."""
+    """List the models of a lake, the latest first: state, score, commit, promotion result."""
     from hm_reco.registry.registry import build_model_rows
 
     with user_errors():

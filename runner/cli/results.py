@@ -38,8 +38,12 @@ def show_results(lake: Lake, metrics: Mapping[str, Mapping[str, Any]]) -> None:
 
     if training := metrics.get("training"):
         rows = [
-            {"method": name, "MAP@12": f"{mean:.4f}", "95 % interval": f"{low:.4f} .. {high:.4f}"}
-            for name, (mean, low, high) in training["map12"].items()
+            {
+                "method": name,
+                training["metric"]: f"{mean:.4f}",
+                "95 % interval": f"{low:.4f} .. {high:.4f}",
+            }
+            for name, (mean, low, high) in training["scores"].items()
         ]
         weeks = f"{training['customer_weeks']:,} customer-weeks"
         print_rows(f"Before {training['as_of']}, {weeks}", rows)
