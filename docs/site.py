@@ -20,6 +20,7 @@ PAGES, SITE = ROOT / "build" / "docs", ROOT / "build" / "site"
 NAV: dict[str, str | dict[str, str]] = {
     "Start": "README.md",
     "Tutorial": "docs/tutorial.md",
+    "Commands": "docs/commands.md",
     "How to": {
         "Keep the lake on S3": "docs/how-to/s3.md",
         "Run by itself": "docs/how-to/scheduling.md",
@@ -52,6 +53,20 @@ NAV: dict[str, str | dict[str, str]] = {
         "What was measured": "docs/explanation/measured.md",
     },
 }
+# the folders of nbs/, each after those that it imports
+PACKAGES = (
+    "lake",
+    "data",
+    "compute",
+    "retrieval",
+    "ranking",
+    "registry",
+    "serving",
+    "api",
+    "reporting",
+    "stages",
+    "explore",
+)
 LINK = re.compile(r"\]\(([^)#:\s]+)")
 HREF = re.compile(r'<[a-z][^<>]*\s(?:href|src)="([^"#?]+)')
 LAKE_FILE = re.compile(r"[a-z]+\.json")  # files of a lake that notebook outputs link to
@@ -170,12 +185,25 @@ def build_rest_page() -> str:
     return "\n\n".join(parts)
 
 
+def build_features_page() -> str:
+    """The catalogue of the ranker's features."""
+    from hm_reco.ranking.features import FEATURES
+
+    table = to_markdown_table([feature._asdict() for feature in FEATURES])
+    return (
+        f"# Features of the ranker\n\nEach candidate has {len(FEATURES)} features. `window` is the "
+        "part of the purchases that a feature reads; `available_from` says since when a value may "
+        f"be used without leakage.\n\n{table}\n"
+    )
+
+
 def write_reference() -> dict[str, str]:
     """The reference pages; their titles and paths."""
     pages = {}
     for title, build_page in (
         ("Stages", build_stages_page),
         ("Tables", build_tables_page),
+        ("Features", build_features_page),
         ("REST", build_rest_page),
     ):
         pages[title] = f"reference/{title.lower()}.md"
@@ -193,26 +221,13 @@ def write_reference() -> dict[str, str]:
 
 def list_notebooks() -> list[dict[str, object]]:
     """The notebooks for the navigation, by package."""
-    packages = (
-        "lake",
-        "data",
-        "compute",
-        "retrieval",
-        "ranking",
-        "registry",
-        "serving",
-        "api",
-        "reporting",
-        "stages",
-        "explore",
-    )
     return [
         {
             package: [
                 str(p.relative_to(PAGES)) for p in sorted((PAGES / "nbs" / package).glob("*.ipynb"))
             ]
         }
-        for package in packages
+        for package in PACKAGES
     ]
 
 

@@ -5,9 +5,9 @@ from math import log2
 import numpy as np
 import polars as pl
 import pytest
-from hm_reco.ranking.scoring import score_lists
 
 from hm_reco.ranking.metrics import METRICS, bootstrap, get_metric
+from hm_reco.ranking.scoring import score_lists
 
 
 def compute_in_loop(name: str, actual: set[int], predicted: list[int], k: int) -> float:

@@ -5,7 +5,6 @@ from datetime import timedelta
 import numpy as np
 import polars as pl
 import pytest
-from hm_reco.ranking.scoring import score_lists
 
 from hm_reco.data.history import generate_history
 from hm_reco.data.synthetic import (
@@ -16,6 +15,7 @@ from hm_reco.data.synthetic import (
 )
 from hm_reco.ranking.baselines import BASELINES
 from hm_reco.ranking.metrics import METRICS
+from hm_reco.ranking.scoring import score_lists
 from hm_reco.ranking.weeks import build_week
 
 
