@@ -8,7 +8,7 @@ from hm_reco.lake.runs import StageRun
 from hm_reco.lake.storage import REGISTRY
 from runner.graph import Stage, find_project_root
 
-LOCATION_PARAMETERS = ("lake", "run_id")  # parameters that do not affect the outputs
+LOCATION_PARAMETERS = ("lake", "run_id")  # set by the run; they do not affect the outputs
 
 
 class Decision(NamedTuple):

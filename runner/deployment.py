@@ -6,6 +6,7 @@ from pathlib import Path
 
 from runner.backends.argo import NIGHTLY_SCHEDULE, Step, build_workflows
 from runner.backends.kuberay import build_ray_job
+from runner.cache import LOCATION_PARAMETERS
 from runner.graph import Stage, find_project_root
 from runner.parameters import resolve
 
@@ -13,7 +14,6 @@ MANIFEST_FILES = {
     "argo": Path("deploy/pipeline/base/workflow.yaml"),
     "ray": Path("deploy/ray/base/rayjob.yaml"),
 }
-LOCATION_PARAMETERS = ("lake", "run_id")  # parameters that a cluster's run sets itself
 
 
 def to_cli_args(values: Mapping[str, object]) -> dict[str, str]:

@@ -49,7 +49,7 @@ class History:
     - `purchases`: `customer`, `article`, `day`, `channel`, `price`, `units`; sorted by `day`
     - `articles`: `article`, `article_id`, `name`, `text` and codes: `product`, `type`, ...
     - `customers`: `customer`, `customer_id`, `age` (years, null when unknown), `active`, `news`,
-      `club`
+      `club`, `postal` (a number for each postal code; -1: unknown)
     """
 
     purchases: pl.DataFrame
@@ -191,7 +191,7 @@ def _to_codes(categories: Sequence[str]) -> dict[str, int]:
 
 
 def map_customers(raw: pl.DataFrame, previous: pl.DataFrame | None = None) -> pl.DataFrame:
-    """Map customers to `customer`, `customer_id`, `age`, `active`, `news`, `club`."""
+    """Map customers to `customer`, `customer_id`, `age`, `active`, `news`, `club`, `postal`."""
     from hm_reco.data.contracts import CLUB_STATUSES, NEWS_FREQUENCIES
 
     encoded = raw.select(
@@ -204,6 +204,7 @@ def map_customers(raw: pl.DataFrame, previous: pl.DataFrame | None = None) -> pl
         club=pl.col("club_member_status").replace_strict(
             _to_codes(CLUB_STATUSES), default=-1, return_dtype=pl.Int8
         ),
+        postal=(pl.col("postal_code").rank("dense").cast(pl.Int32) - 1).fill_null(-1),
     )
     return encode_ids(encoded, "customer_id", "customer", previous)
 

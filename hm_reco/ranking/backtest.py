@@ -16,7 +16,6 @@ from typing import Generic, NamedTuple, TypeVar
 import lightgbm as lgb
 import numpy as np
 import polars as pl
-from .scoring import score_lists
 
 from ..compute.shards import map_shards
 from ..data.history import History, as_of
@@ -34,6 +33,7 @@ from hm_reco.ranking.ranker import (
     rank_with_booster,
     train,
 )
+from .scoring import score_lists
 from hm_reco.ranking.source_recall import (
     MIN_MEASURED_BUYERS,
     SourceRecall,

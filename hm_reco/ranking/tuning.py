@@ -30,13 +30,12 @@ with warnings.catch_warnings():
     import optuna
     import optuna.storages.journal
 
-from .scoring import score_candidates
-
 from ..compute.shards import run_iterative
 from ..lake.storage import Lake, write_file
 from .features import FeatureMatrix
 from .metrics import METRICS, Metric, bootstrap
 from .ranker import RankerSettings, to_dataset
+from .scoring import score_candidates
 from .weeks import WeekData
 
 # %% ../../nbs/ranking/10_tuning.ipynb #afbd36e2

@@ -200,6 +200,8 @@ def _get_sizes(index: ArticleIndex) -> dict[str, int]:
         if isinstance(layout, Array):
             shape = getattr(index.tables, name).shape
             sizes |= {w: n for w, n in zip(layout.shape, shape, strict=True) if isinstance(w, str)}
+        elif isinstance(layout.keys, str):
+            sizes.setdefault(layout.keys, len(getattr(index.tables, name).indptr) - 1)
     return sizes
 
 # %% ../../nbs/serving/01_array_file.ipynb #e05f17c0

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from runner.backends.argo import NIGHTLY_SCHEDULE, build_workflows
 from runner.cli.options import JsonOption, WriteOption, console, print_rows, user_errors
 
 app = typer.Typer()
@@ -117,12 +118,10 @@ def _output_manifest(name: str, render: Callable[[list[Any]], str], write: bool)
 
 @manifests_app.command()
 def argo(
-    schedule: Annotated[str, typer.Option(help="Cron expression in UTC.")] = "0 3 * * *",
+    schedule: Annotated[str, typer.Option(help="Cron expression in UTC.")] = NIGHTLY_SCHEDULE,
     write: WriteOption = False,
 ) -> None:
     """Output a WorkflowTemplate and a CronWorkflow of Argo for the graph of stages."""
-    from runner.backends.argo import build_workflows
-
     _output_manifest("argo", lambda steps: build_workflows(steps, schedule), write)
 
 
