@@ -41,7 +41,6 @@ from hm_reco.api.schemas import PredictRequest
 from hm_reco.lake.storage import Lake, open_lake
 from hm_reco.lake.tables import scan
 from hm_reco.ranking.features import compute_features
-from hm_reco.ranking.forest import predict_scores
 from hm_reco.ranking.ranker import rank
 from hm_reco.registry.bundle import load_bundle, save_bundle
 from hm_reco.registry.registry import (
@@ -206,14 +205,14 @@ def print_profile(lake: Lake, total_ms: float) -> None:
     matrices = [compute_features(index, customers, item) for item in candidates]
     responses = [respond(model, item, "bench") for item in requests]
     popular = index.tables.top_overall.indices
-    trees_ms = measure_median_ms(lambda n: predict_scores(bundle.forest, matrices[n].values))
+    trees_ms = measure_median_ms(lambda n: bundle.ranker.predict(matrices[n].values))
     parts = {
         "candidates": measure_median_ms(
             lambda n: generate_candidates(index, customers, budget, rows[n])
         ),
         "features": measure_median_ms(lambda n: compute_features(index, customers, candidates[n])),
         "trees": trees_ms,
-        "list": measure_median_ms(lambda n: rank(bundle.forest, matrices[n], 20, popular))
+        "list": measure_median_ms(lambda n: rank(bundle.ranker, matrices[n], 20, popular))
         - trees_ms,
     }
     parts["ids, words"] = measure_median_ms(lambda n: respond(model, requests[n], "x")) - sum(
@@ -224,7 +223,7 @@ def print_profile(lake: Lake, total_ms: float) -> None:
     mean_candidates = np.mean([len(item.article) for item in candidates])
     print(
         f"\nA request for one customer: {total_ms:.2f} ms, {mean_candidates:.0f} candidates, "
-        f"{bundle.booster.num_trees() if bundle.booster else 0} trees"
+        f"{bundle.ranker.describe() if bundle.ranker else bundle.method}"
     )
     for name, ms in parts.items():
         print(f"  {name:<26}{ms:>7.3f} ms{ms / total_ms:>6.0%}")

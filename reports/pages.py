@@ -288,12 +288,14 @@ def index_page(
 def _build_series(
     stage_runs: Sequence[StageRun], stages: Mapping[str, Stage]
 ) -> list[dict[str, Any]]:
-    """Each headline figure of succeeded stages over time, as points in a picture 200 x 48."""
+    """Each headline number of succeeded stages over time, as points in a picture 200 x 48."""
     points_by_figure: dict[tuple[str, str], list[tuple[StageRun, Any]]] = {}
     for stage_run in stage_runs:
         if stage_run.state == "succeeded":
             for name, value in get_headline_figures(stage_run, stages).items():
-                points_by_figure.setdefault((stage_run.stage, name), []).append((stage_run, value))
+                if isinstance(value, int | float):  # the name of a metric has no curve
+                    points = points_by_figure.setdefault((stage_run.stage, name), [])
+                    points.append((stage_run, value))
     return [
         {"stage": stage, "name": name, "last": values[-1][1], "points": _build_points(values)}
         for (stage, name), values in points_by_figure.items()

@@ -33,7 +33,8 @@ from hm_reco.ranking.backtest import TrainingBackend, evaluate
 from hm_reco.ranking.distributed import RayTrainer
 from hm_reco.ranking.features import FeatureMatrix
 from hm_reco.ranking.plan import BacktestPlan
-from hm_reco.ranking.ranker import RankerSettings, downsample_negatives, train
+from hm_reco.ranking.ranker import RankerSettings, downsample_negatives
+from hm_reco.ranking.rankers import train
 from hm_reco.ranking.tuning import ValidationSet, build_validation_set
 from hm_reco.ranking.weeks import build_training_matrix, build_week
 from hm_reco.retrieval.article_stats import aggregate_sales
@@ -136,7 +137,7 @@ def test_ray_backtest_equals_single_process(cluster, monkeypatch, hm_history, da
     local_result, ray_result = results
     for name in ("lists", "scores", "customers", "article_stats", "ground_truth", "calibration"):
         assert getattr(local_result, name).equals(getattr(ray_result, name)), name
-    assert local_result.booster.model_to_string() == ray_result.booster.model_to_string()
+    assert local_result.ranker.to_bytes() == ray_result.ranker.to_bytes()
     assert (
         to_bytes(local_result.two_tower) == to_bytes(ray_result.two_tower)
         and local_result.source_recall.budget == ray_result.source_recall.budget
@@ -249,8 +250,8 @@ def test_ray_ranker_matches_single_worker(ray_trainer, trial_data):
     matrices, [validation_set] = trial_data
     settings = RankerSettings(rounds=60)
     single_ap, shared_ap = (
-        validation_set.score(np.asarray(booster.predict(validation_set.matrix.values)))
-        for booster in (train(matrices, settings), ray_trainer.train(matrices, settings))
+        validation_set.score(ranker.predict(validation_set.matrix.values))
+        for ranker in (train(matrices, settings), ray_trainer.train(matrices, settings))
     )
     assert (
         single_ap.mean() > 0.01

@@ -76,7 +76,8 @@ from hm_reco.data.history import generate_history
 from hm_reco.lake.storage import open_lake
 from hm_reco.ranking.features import FEATURE_NAMES
 from hm_reco.ranking.metrics import get_metric
-from hm_reco.ranking.ranker import RANKER, RankerSettings, train
+from hm_reco.ranking.ranker import RANKER, RankerSettings
+from hm_reco.ranking.rankers import train
 from hm_reco.ranking.scoring import score_lists
 from hm_reco.ranking.weeks import build_training_matrix, build_week
 from hm_reco.registry.bundle import Bundle
@@ -89,8 +90,8 @@ history = generate_history(150)
 week = build_week(history, history.day - timedelta(days=28), days=28, max_customers=8)
 matrix = build_training_matrix(week)
 candidates = generate_candidates(week.aggregates.index, week.customers)
-booster = train([matrix], RankerSettings(rounds=3, min_data_in_leaf=5))
-bundle = Bundle("v1", RANKER, history.day, booster, {}, {})
+ranker = train([matrix], RankerSettings(rounds=3, min_data_in_leaf=5))
+bundle = Bundle("v1", RANKER, history.day, ranker, {}, {})
 lake, recommender = open_lake(sys.argv[1]), build_recommender(history, bundle)
 loaded = load_snapshot(lake, bundle, save_snapshot(lake, recommender, {}))
 some = recommender.customer_ids.text[0].decode()

@@ -11,8 +11,8 @@ import numpy as np
 
 from hm_reco.data.history import as_of, generate_history
 from hm_reco.ranking import features
-from hm_reco.ranking.forest import build_forest
-from hm_reco.ranking.ranker import RankerSettings, rank, train
+from hm_reco.ranking.ranker import RankerSettings, rank
+from hm_reco.ranking.rankers import train
 from hm_reco.ranking.tuning import build_validation_set
 from hm_reco.ranking.weeks import build_training_matrix, build_week
 from hm_reco.retrieval import candidates
@@ -30,11 +30,9 @@ def write_results(file: Path) -> None:
     embedding_space = two_tower.build_space(as_of(history, day))
     week = build_week(history, day, days=28, max_customers=8, space=embedding_space)
     matrix = build_training_matrix(week)
-    booster = train([matrix], RankerSettings(rounds=5, min_data_in_leaf=5))
-    top_k = rank(
-        build_forest(booster), matrix, 100, week.aggregates.index.tables.top_overall.indices
-    )
-    ap = build_validation_set(week, matrix).score(np.asarray(booster.predict(matrix.values)))
+    ranker = train([matrix], RankerSettings(rounds=5, min_data_in_leaf=5))
+    top_k = rank(ranker, matrix, 100, week.aggregates.index.tables.top_overall.indices)
+    ap = build_validation_set(week, matrix).score(ranker.predict(matrix.values))
     arrays = {"candidates": matrix.article, "values": matrix.values}
     np.savez(file, ap=ap, **arrays, **top_k._asdict())
 

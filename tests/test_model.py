@@ -23,7 +23,8 @@ from hm_reco.ranking.comparison import compare_with_baselines
 from hm_reco.ranking.features import FeatureMatrix
 from hm_reco.ranking.metrics import Interval
 from hm_reco.ranking.plan import BacktestPlan
-from hm_reco.ranking.ranker import RankerSettings, rank_with_booster, train
+from hm_reco.ranking.ranker import RankerSettings, rank_candidates
+from hm_reco.ranking.rankers import train
 from hm_reco.ranking.weeks import build_training_matrix, build_week
 from hm_reco.registry.bundle import MANIFEST, Bundle, BundleError, load_bundle, save_bundle
 from hm_reco.registry.registration import Provenance, build_bundles, register_bundles
@@ -64,7 +65,7 @@ def test_ranker_without_improvement_stays_candidate():
         "r1-ranker": "candidate",
         "r1-baseline": "champion",
     }
-    assert load_bundle(lake, "r1-ranker").booster.num_trees() == 3
+    assert load_bundle(lake, "r1-ranker").ranker.booster.num_trees() == 3
 
     with TestClient(create_app(lake)) as client:
         assert client.get("/healthz").json()["method"] == BASELINE
@@ -101,8 +102,8 @@ def test_incomplete_bundle_is_rejected(lake: Lake, week):
     with pytest.raises(BundleError, match="never completely written"):
         load_bundle(lake, "v1")
     save_bundle(lake, bundle)
-    lake.path("artifacts", "models", "v1", "ranker.txt").unlink()
-    with pytest.raises(BundleError, match=r"'ranker.txt' is missing"):
+    lake.path("artifacts", "models", "v1", "ranker.model").unlink()
+    with pytest.raises(BundleError, match=r"'ranker.model' is missing"):
         load_bundle(lake, "v1")
     save_bundle(lake, replace(bundle, method="magic"))
     with pytest.raises(BundleError, match="cannot serve method 'magic'"):
@@ -111,10 +112,10 @@ def test_incomplete_bundle_is_rejected(lake: Lake, week):
 
 
 def test_model_of_other_features_is_rejected(week):
-    booster = train([week], RankerSettings(rounds=2))
+    ranker = train([week], RankerSettings(rounds=2))
     fewer_features = replace(week, values=week.values[:, 1:], names=week.names[1:])
     with pytest.raises(ValueError, match="trained on other features"):
-        rank_with_booster(booster, fewer_features)
+        rank_candidates(ranker, fewer_features)
 
 
 def test_training_without_positives_raises(week):

@@ -499,7 +499,7 @@ def two_models(trained_lake: Lake, tmp_path: Path) -> tuple[Lake, str, str]:
     champion = get_champion(lake)
     bundle = load_bundle(lake, champion)
     challenger = replace(
-        bundle, version="other", method="popular, 28 days", booster=None, two_tower=None
+        bundle, version="other", method="popular, 28 days", ranker=None, two_tower=None
     )
     save_bundle(lake, challenger)
     save_scores(lake, "other", load_scores(lake, champion))

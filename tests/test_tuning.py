@@ -7,15 +7,16 @@ import lightgbm as lgb
 import numpy as np
 import polars as pl
 import pytest
-from hm_reco.ranking.scoring import score_lists
 
 from hm_reco.data.history import generate_history
 from hm_reco.lake.storage import Lake
 from hm_reco.ranking import tuning
 from hm_reco.ranking.backtest import evaluate
+from hm_reco.ranking.lightgbm import to_dataset, to_lightgbm_parameters
 from hm_reco.ranking.metrics import METRICS
 from hm_reco.ranking.plan import BacktestPlan
-from hm_reco.ranking.ranker import RankerSettings, downsample_negatives, rank_by_score, to_dataset
+from hm_reco.ranking.ranker import RankerSettings, downsample_negatives, rank_by_score
+from hm_reco.ranking.scoring import score_lists
 from hm_reco.ranking.tuning import (
     TrialData,
     build_validation_set,
@@ -110,7 +111,7 @@ def test_train_segments_equal_single_training(weeks):
             tuning.STEPS_PER_SEGMENT + 1,
         )
     ]
-    booster = lgb.Booster(settings.to_parameters(), to_dataset(matrices))
+    booster = lgb.Booster(to_lightgbm_parameters(settings), to_dataset(matrices))
     for _ in range(trees):
         booster.update()
     scores = booster.predict(validation_set.matrix.values, raw_score=True)

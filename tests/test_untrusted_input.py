@@ -15,7 +15,8 @@ from safetensors.numpy import save_file
 from hm_reco.data.history import generate_history
 from hm_reco.lake.storage import Lake, open_lake
 from hm_reco.ranking.forest import build_forest, check_trees, predict_scores
-from hm_reco.ranking.ranker import RANKER, RankerSettings, train
+from hm_reco.ranking.ranker import RANKER, RankerSettings
+from hm_reco.ranking.rankers import train
 from hm_reco.ranking.weeks import build_training_matrix, build_week
 from hm_reco.registry.bundle import MANIFEST, Bundle, BundleError, load_bundle, save_bundle
 from hm_reco.retrieval.embeddings import EmbeddingSpace, read_encoder
@@ -36,8 +37,8 @@ def saved_model(tmp_path_factory: pytest.TempPathFactory):
     """A lake, a bundle in it and the name of its snapshot."""
     history = generate_history(400)
     week = build_week(history, history.day - timedelta(days=28), days=28)
-    booster = train([build_training_matrix(week)], RankerSettings(rounds=10, min_data_in_leaf=20))
-    bundle = Bundle("v1", RANKER, history.day, booster, {}, {})
+    ranker = train([build_training_matrix(week)], RankerSettings(rounds=10, min_data_in_leaf=20))
+    bundle = Bundle("v1", RANKER, history.day, ranker, {}, {})
     lake = open_lake(str(tmp_path_factory.mktemp("hostile") / "lake"))
     recommender = build_recommender(history, bundle)
     save_bundle(lake, bundle)
@@ -47,7 +48,7 @@ def saved_model(tmp_path_factory: pytest.TempPathFactory):
 
 def test_valid_model_and_snapshot_are_loaded(saved_model):
     lake, bundle, name = saved_model
-    check_trees(bundle.booster.model_to_string())
+    check_trees(bundle.ranker.booster.model_to_string())
     assert recommend(load_snapshot(lake, load_bundle(lake, "v1"), name), [""])[""].articles
 
 
@@ -70,14 +71,14 @@ def test_valid_model_and_snapshot_are_loaded(saved_model):
 def test_bundle_with_invalid_trees_is_rejected(
     saved_model, tmp_path, pattern, replacement, message
 ):
-    text = saved_model[1].booster.model_to_string()
+    text = saved_model[1].ranker.booster.model_to_string()
     edited = re.sub(pattern, replacement, text, count=1)
     if "tree_s" not in pattern and "\nTree=" in text.split(re.search(pattern, text)[0])[0]:
         first_size = int(re.search(r"tree_sizes=(\d+)", edited)[1]) + len(edited) - len(text)
         edited = re.sub(r"tree_sizes=\d+", f"tree_sizes={first_size}", edited, count=1)
     lake = open_lake(str(tmp_path))
     save_bundle(lake, saved_model[1])
-    write_with_checksum(lake, "ranker.txt", edited.encode())
+    write_with_checksum(lake, "ranker.model", edited.encode())
     with pytest.raises(BundleError, match=message):
         load_bundle(lake, "v1")
 
@@ -93,9 +94,11 @@ def write_with_checksum(lake: Lake, name: str, content: bytes) -> None:
 
 def test_random_tree_edits_never_crash(saved_model):
     """Each edit is rejected by the check or by LightGBM, or gives a valid model."""
-    text, rng, n_rejected = saved_model[1].booster.model_to_string(), random.Random(0), 0
+    text, rng, n_rejected = saved_model[1].ranker.booster.model_to_string(), random.Random(0), 0
     matches = list(re.finditer(r"(?<==)-?\d+|(?<= )-?\d+", text[: text.index("end of trees")]))
-    values = np.random.default_rng(0).random((70, saved_model[1].booster.num_feature()), np.float32)
+    values = np.random.default_rng(0).random(
+        (70, saved_model[1].ranker.booster.num_feature()), np.float32
+    )
     for _ in range(300):
         match = rng.choice(matches)
         number = str(rng.choice([-1, 0, 7, 64, 10**6, -(10**6)]))
@@ -113,7 +116,7 @@ def test_random_tree_edits_never_crash(saved_model):
 def test_bundle_with_oversized_or_unknown_file_is_rejected(saved_model, tmp_path, monkeypatch):
     lake = open_lake(str(tmp_path))
     save_bundle(lake, saved_model[1])
-    monkeypatch.setitem(load_bundle.__globals__["MAX_BYTES"], "ranker.txt", 100)
+    monkeypatch.setitem(load_bundle.__globals__["MAX_BYTES"], "ranker.model", 100)
     with pytest.raises(BundleError, match="100 are allowed"):
         load_bundle(lake, "v1")
     monkeypatch.undo()

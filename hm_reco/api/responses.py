@@ -17,9 +17,9 @@ import numpy as np
 from .catalogue import Catalogue, find_eligible_articles
 from .schemas import Context, PredictRequest, RecentArticle, SimilarRequest
 from ..data.segments import ONLINE, STORE
-from ..ranking.features import FeatureMatrix, build_feature_matrix, get_reason
+from ..ranking.features import build_feature_matrix
 from ..retrieval.arrays import CsrLists, CustomerArrays
-from ..retrieval.candidate_sources import SOURCE_NAMES
+from ..serving.explanations import explain_scores, get_source_ranks
 from hm_reco.serving.recommend import (
     CustomerRecommendation,
     Recommender,
@@ -125,45 +125,25 @@ def _explain_customer(
     customers = apply_session(recommender, np.array([row]), session)
     articles = [get_index(recommender.article_ids, article) for article in recommendation.articles]
     evidence = [find_evidence(recommender, customers, article) for article in articles]
-    if recommender.bundle.booster is None:
+    if recommender.bundle.ranker is None:
         return [{"sources": {}, "contributions": {}, "evidence": item} for item in evidence]
     index, budget = recommender.index, recommender.bundle.budget
     matrix = build_feature_matrix(index, customers, budget)
     rows = [np.flatnonzero(matrix.article == article) for article in articles]
-    contributions = _compute_contributions(recommender, matrix, np.concatenate(rows))
-    next_contributions = iter(contributions)
+    explained = explain_scores(recommender.bundle.ranker, matrix, np.concatenate(rows))
+    next_contributions = iter(explained)
     return [
         {
-            "sources": _get_source_ranks(matrix.values[found_rows[0]]) if found_rows.size else {},
-            "contributions": next(next_contributions) if found_rows.size else {},
+            "sources": get_source_ranks(matrix.values[found_rows[0]]) if found_rows.size else {},
+            "contributions": _round_values(next(next_contributions)) if found_rows.size else {},
             "evidence": item,
         }
         for found_rows, item in zip(rows, evidence, strict=True)
     ]
 
-# %% ../../nbs/api/02_responses.ipynb #ef3cc5d1
-def _get_source_ranks(values: np.ndarray) -> dict[str, int]:
-    ranks = values[1 : 2 * len(SOURCE_NAMES) : 2]
-    by_rank = sorted((int(ranks[n]), SOURCE_NAMES[n]) for n in np.flatnonzero(~np.isnan(ranks)))
-    return {name: rank for rank, name in by_rank}
-
-
-def _compute_contributions(
-    recommender: Recommender, matrix: FeatureMatrix, rows: np.ndarray
-) -> list[dict[str, float]]:
-    """Return the three largest positive contributions to the score of each candidate."""
-    booster = recommender.bundle.booster
-    if booster is None or not rows.size:
-        return []
-    shap_values = np.asarray(booster.predict(matrix.values[rows], pred_contrib=True, num_threads=1))
-    contributions = []
-    for row_values in shap_values[:, :-1]:
-        totals: dict[str, float] = {}
-        for name, value in zip(matrix.names, row_values.tolist(), strict=True):
-            totals[get_reason(name)] = totals.get(get_reason(name), 0.0) + value
-        top = sorted(totals.items(), key=lambda pair: -pair[1])[:3]
-        contributions.append({reason: round(value, 4) for reason, value in top if value > 0})
-    return contributions
+# %% ../../nbs/api/02_responses.ipynb #17dc12cc
+def _round_values(contributions: Mapping[str, float]) -> dict[str, float]:
+    return {reason: round(value, 4) for reason, value in contributions.items()}
 
 # %% ../../nbs/api/02_responses.ipynb #8790b099
 MAX_EVIDENCE_ARTICLES = 50  # the customer's latest distinct articles

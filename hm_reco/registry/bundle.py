@@ -14,19 +14,17 @@ from datetime import date
 from functools import cached_property
 from typing import Any
 
-import lightgbm as lgb
-
 from ..lake.checksum import compute_sha256
 from ..lake.storage import Lake, LakePath, resolve_file, write_file
 from ..ranking.baselines import BASELINES
-from ..ranking.forest import Forest, build_forest, check_trees
-from ..ranking.ranker import RANKER
+from ..ranking.ranker import RANKER, Ranker
+from ..ranking.rankers import get_ranker_kind
 from .registry import MODELS
 from ..retrieval.candidate_sources import SOURCE_LIMITS
 from ..retrieval.embeddings import CustomerEncoder, read_encoder
 
 # %% ../../nbs/registry/01_bundle.ipynb #b85d7dd3
-RANKER_FILE, TWO_TOWER_FILE, MANIFEST = "ranker.txt", "tower.safetensors", "bundle.json"
+RANKER_FILE, TWO_TOWER_FILE, MANIFEST = "ranker.model", "tower.safetensors", "bundle.json"
 MAX_BYTES = {MANIFEST: 2**24, RANKER_FILE: 2**28, TWO_TOWER_FILE: 2**30}  # of a file that is read
 
 
@@ -36,22 +34,16 @@ class BundleError(ValueError):
 # %% ../../nbs/registry/01_bundle.ipynb #bc4d1ffb
 @dataclass(frozen=True)
 class Bundle:
-    """A model: its method, and for the ranker its booster, two-tower model and budget."""
+    """A model: its method, and for the ranker its trained model, two-tower model and budget."""
 
     version: str
     method: str  # RANKER or a name of BASELINES
     as_of: date
-    booster: lgb.Booster | None
+    ranker: Ranker | None
     metrics: Mapping[str, Any]
     tables: Mapping[str, int]  # versions of the training tables
     budget: Mapping[str, int] = field(default_factory=lambda: SOURCE_LIMITS)  # candidates by source
     two_tower: bytes | None = None  # as `two_tower.to_bytes` wrote it
-
-    @cached_property
-    def forest(self) -> Forest:
-        """The booster's trees as a forest for serving."""
-        assert self.booster, f"{self.method!r} has no trees"
-        return build_forest(self.booster)
 
     @cached_property
     def encoder(self) -> CustomerEncoder | None:
@@ -62,13 +54,14 @@ class Bundle:
 def save_bundle(lake: Lake, bundle: Bundle) -> None:
     """Write a bundle's files, and last the manifest with their checksums."""
     files: dict[str, bytes] = {}
-    if bundle.booster:
-        files[RANKER_FILE] = bundle.booster.model_to_string().encode()
+    if bundle.ranker:
+        files[RANKER_FILE] = bundle.ranker.to_bytes()
     if bundle.two_tower:
         files[TWO_TOWER_FILE] = bundle.two_tower
     manifest = {
         "version": bundle.version,
         "method": bundle.method,
+        "ranker": bundle.ranker.kind if bundle.ranker else "",
         "as_of": bundle.as_of.isoformat(),
         "metrics": dict(bundle.metrics),
         "tables": dict(bundle.tables),
@@ -91,13 +84,14 @@ def load_bundle(lake: Lake, version: str) -> Bundle:
     method, ranker_bytes = manifest["method"], files.get(RANKER_FILE)
     if (method == RANKER) != (ranker_bytes is not None) or method not in {RANKER, *BASELINES}:
         raise BundleError(f"model {version!r}: cannot serve method {method!r}, files {list(files)}")
-    booster = _parse_booster(version, ranker_bytes) if ranker_bytes else None
+    kind = manifest.get("ranker", "lightgbm")
+    ranker = _parse_ranker(version, kind, ranker_bytes) if ranker_bytes else None
     as_of, metrics_and_tables = (
         date.fromisoformat(manifest["as_of"]),
         (manifest["metrics"], manifest["tables"]),
     )
     budget, two_tower = manifest.get("budget", SOURCE_LIMITS), files.get(TWO_TOWER_FILE)
-    bundle = Bundle(version, method, as_of, booster, *metrics_and_tables, budget, two_tower)
+    bundle = Bundle(version, method, as_of, ranker, *metrics_and_tables, budget, two_tower)
     try:
         _ = bundle.encoder
     except ValueError as err:
@@ -125,13 +119,11 @@ def _read_verified(lake: Lake, version: str, name: str, sha256: str) -> bytes:
     return data
 
 
-def _parse_booster(version: str, content: bytes) -> lgb.Booster:
-    text = content.decode()
+def _parse_ranker(version: str, kind: str, content: bytes) -> Ranker:
     try:
-        check_trees(text)
+        return get_ranker_kind(kind).from_bytes(content)
     except ValueError as err:
         raise BundleError(f"model {version!r}: {RANKER_FILE}: {err}") from err
-    return lgb.Booster(model_str=text)
 
 # %% ../../nbs/registry/01_bundle.ipynb #033ad507
 def remove_incomplete(lake: Lake) -> list[str]:

@@ -49,7 +49,7 @@ def build_bundles(
         version,
         RANKER,
         as_of,
-        result.booster,
+        result.ranker,
         metrics,
         tables,
         result.source_recall.budget,

@@ -7,21 +7,19 @@ __all__ = ['compute_quality', 'compare_segments', 'add_labels', 'compare_popular
            'explain_ranking']
 
 # %% ../../nbs/reporting/09_analysis.ipynb #108011bb
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import lightgbm as lgb
 import numpy as np
 import pandas as pd
 import polars as pl
 
 from ..data.segments import AGE_BAND_LABELS, CHANNEL_NAMES, is_on_sale
 from ..ranking.backtest import LIST_LENGTH, Evaluation
-from ..ranking.features import FeatureMatrix, build_feature_matrix, get_reason
-from ..ranking.forest import predict_scores as forest_scores
+from ..ranking.features import FeatureMatrix, build_feature_matrix
 from ..ranking.metrics import Metric, bootstrap, get_metric
-from ..ranking.ranker import RANKER
-from ..retrieval.candidate_sources import SOURCE_NAMES
+from ..ranking.ranker import RANKER, Ranker
+from ..serving.explanations import explain_scores, get_source_ranks
 from ..serving.recommend import Recommender
 
 # %% ../../nbs/reporting/09_analysis.ipynb #91522897
@@ -138,9 +136,9 @@ def compare_popularity_bands(result: Evaluation, methods: Sequence[str]) -> list
 
 # %% ../../nbs/reporting/09_analysis.ipynb #d3ed2687
 def compute_partial_dependence(
-    booster: lgb.Booster, sample: FeatureMatrix, feature: str, points: int = 12, rows: int = 2_000
+    ranker: Ranker, sample: FeatureMatrix, feature: str, points: int = 12, rows: int = 2_000
 ) -> pd.DataFrame:
-    """Return mean `score` (before the sigmoid) at up to `points` `value`s of a feature."""
+    """Return the mean `score` at up to `points` `value`s of a feature."""
     column = sample.names.index(feature)
     sampled = np.random.default_rng(0).permutation(len(sample.values))[:rows]
     values = sample.values[sampled].copy()
@@ -153,7 +151,7 @@ def compute_partial_dependence(
     scores = []
     for value in grid:
         values[:, column] = value
-        scores.append(float(np.mean(booster.predict(values, raw_score=True))))
+        scores.append(float(np.mean(ranker.predict(values))))
     return pd.DataFrame({"value": grid, "score": scores})
 
 # %% ../../nbs/reporting/09_analysis.ipynb #6f206295
@@ -167,15 +165,13 @@ def explain_ranking(
     Raises `ValueError` when the model is a baseline, which has no features.
     """
     bundle = recommender.bundle
-    if bundle.booster is None:
+    if bundle.ranker is None:
         raise ValueError(f"{bundle.version} is {bundle.method!r}, which has no features to explain")
     rows = np.searchsorted(recommender.customers.customer, [customer])
     matrix = build_feature_matrix(recommender.index, recommender.customers, bundle.budget, rows)
-    scores = forest_scores(bundle.forest, matrix.values)
+    scores = bundle.ranker.predict(matrix.values)
     top = np.lexsort((matrix.article, -scores))[:count]
-    contributions = np.asarray(bundle.booster.predict(matrix.values[top], pred_contrib=True))[
-        :, :-1
-    ]
+    reasons = explain_scores(bundle.ranker, matrix, top, 2)
     article_ids = articles.select("article", "article_id", "name")
     with_names = (
         matrix.pairs[top]
@@ -189,26 +185,16 @@ def explain_ranking(
             ],
             "score": scores[top],
             "sources": [_format_sources(values) for values in matrix.values[top]],
-            "reasons": [
-                _format_reasons(matrix.names, row_contributions)
-                for row_contributions in contributions
-            ],
+            "reasons": [_format_reasons(contributions) for contributions in reasons],
         }
     )
 
 # %% ../../nbs/reporting/09_analysis.ipynb #3746ab78
 def _format_sources(values: np.ndarray) -> str:
-    ranks = values[1 : 2 * len(SOURCE_NAMES) : 2]
-    by_rank = sorted((ranks[n], SOURCE_NAMES[n]) for n in np.flatnonzero(~np.isnan(ranks)))
-    return ", ".join(f"{name} {rank:.0f}" for rank, name in by_rank[:3])
+    ranks = get_source_ranks(values).items()
+    return ", ".join(f"{name} {rank}" for name, rank in list(ranks)[:3])
 
 
-def _format_reasons(names: Sequence[str], contributions: np.ndarray) -> str:
-    totals: dict[str, float] = {}
-    for name, contribution in zip(names, contributions, strict=True):
-        totals[get_reason(name)] = totals.get(get_reason(name), 0.0) + float(contribution)
-    top = sorted(totals.items(), key=lambda pair: -pair[1])[:2]
-    return (
-        ", ".join(f"{reason} {value:+.2f}" for reason, value in top if value > 0)
-        or "nothing stands out"
-    )
+def _format_reasons(contributions: Mapping[str, float]) -> str:
+    texts = [f"{reason} {value:+.2f}" for reason, value in contributions.items()]
+    return ", ".join(texts) or "nothing stands out"

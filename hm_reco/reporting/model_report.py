@@ -20,7 +20,8 @@ from ..ranking.backtest import Evaluation
 from ..ranking.comparison import BaselineComparison, compare_with_baselines
 from ..ranking.features import build_catalogue, get_reason
 from ..ranking.metrics import bootstrap
-from ..ranking.ranker import RANKER, compute_importance
+from ..ranking.ranker import RANKER
+from ..ranking.rankers import compute_importance
 from ..ranking.tuning import TuningResult
 from hm_reco.reporting.analysis import (
     compare_popularity_bands,
@@ -299,7 +300,7 @@ def _describe_features(gains: pl.DataFrame) -> pl.DataFrame:
 
 def explanation_section(result: Evaluation, tuned: TuningResult | None = None) -> Section:
     """Build the section on importance, directions, settings and trials of the ranker."""
-    gains = compute_importance(result.booster, len(result.sample.names))
+    gains = compute_importance(result.ranker, len(result.sample.names))
     themes = gains.group_by(theme=pl.col("feature").map_elements(get_reason, pl.String)).agg(
         pl.col("gain").sum()
     )
@@ -316,7 +317,7 @@ def explanation_section(result: Evaluation, tuned: TuningResult | None = None) -
         f"'{top_theme['theme']}'.",
         f"Most used: {', '.join(directions)}; in brackets, whether the score rises or falls with "
         "the feature.",
-        f"{result.booster.num_trees()} trees of up to {result.settings.num_leaves} leaves, "
+        f"{result.ranker.kind}: {result.ranker.describe()}, "
         f"objective {result.settings.objective}"
         + (f", found in {len(trials)} trials." if len(trials) > 1 else "."),
     ]
@@ -336,7 +337,7 @@ def explanation_section(result: Evaluation, tuned: TuningResult | None = None) -
 # %% ../../nbs/reporting/10_model_report.ipynb #0f6acb4a
 def _compute_dependence(result: Evaluation, name: str) -> list[dict[str, Any]]:
     """Return the mean score by value of a feature."""
-    curve = compute_partial_dependence(result.booster, result.sample, name)
+    curve = compute_partial_dependence(result.ranker, result.sample, name)
     return [{"feature": name, "value": x, "score": y} for x, y in curve.itertuples(index=False)]
 
 

@@ -112,7 +112,7 @@ def build_recommender(history: History, bundle: Bundle) -> Recommender:
         build_id_map(all_customers["customer_id"].to_list()),
         build_id_map(article_ids.tolist()),
         space,
-        None if bundle.booster else aggregates,
+        None if bundle.ranker else aggregates,
     )
 
 
@@ -165,13 +165,13 @@ def rank_customers(
         customers or recommender.customers,
         eligible_articles or Eligibility(ALL_ELIGIBLE, index.tables.top_overall.indices),
     )
-    if bundle.booster is None:
+    if bundle.ranker is None:
         return _rank_with_baseline(recommender, customers, count, rows, eligible_articles)
-    forest, customer_arrays = bundle.forest, customers
+    ranker, customer_arrays = bundle.ranker, customers
 
     def rank_block(block: slice) -> TopK:
         matrix = build_feature_matrix(index, customer_arrays, bundle.budget, rows[block])
-        return rank(forest, matrix, count, eligible_articles.backfill, eligible_articles.mask)
+        return rank(ranker, matrix, count, eligible_articles.backfill, eligible_articles.mask)
 
     return TopK(*parallel_map(rank_block, len(rows)))
 

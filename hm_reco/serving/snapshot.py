@@ -213,7 +213,7 @@ def load_snapshot(
     files = {file: _fetch_verified(lake, folder, file, sha256) for file, sha256 in checksums}
     day, parts = date.fromisoformat(manifest["day"]), _load_parts(files[ARRAYS_FILE])
     space = EmbeddingSpace(parts["index"].vectors, bundle.encoder) if bundle.encoder else None
-    aggregates = None if bundle.booster else _load_aggregates(day, parts["index"], files)
+    aggregates = None if bundle.ranker else _load_aggregates(day, parts["index"], files)
     recommender = Recommender(bundle, day, **parts, space=space, aggregates=aggregates)
     _check_golden(recommender, manifest["golden"])
     return recommender

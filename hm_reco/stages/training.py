@@ -26,6 +26,7 @@ from ..ranking.features import FeatureMatrix
 from ..ranking.metrics import get_metric
 from ..ranking.plan import BacktestPlan, resolve_plan
 from ..ranking.ranker import RANKER, RankerSettings
+from ..ranking.rankers import get_ranker_kind
 from ..ranking.tuning import TuningResult, ValidationSet, tune
 from ..registry.bundle import Bundle
 from ..registry.registration import Provenance, build_bundles
@@ -126,7 +127,9 @@ def train_and_register(
 
     Without `register`, the bundle is stored, but never serves.
     """
-    minutes, backend = options.tuning_minutes, build_training_backend(lake, options.workers)
+    backend = build_training_backend(lake, options.workers)
+    tunable = get_ranker_kind(settings.kind).tunable
+    minutes = options.tuning_minutes if tunable else None
     plan = replace(plan, tuning_weeks=plan.tuning_weeks if minutes is not None else 0)
     plan = resolve_plan(plan, history)
     name = _build_study_name(
