@@ -234,7 +234,7 @@ def _compute_scores(
     method: str, lists: pl.DataFrame, week: WeekData, metric: Metric
 ) -> pl.DataFrame:
     """Score the lists by all metrics, at the length of the chosen one."""
-    metrics = [replace(other, k=metric.k) for other in METRICS]
+    metrics = [replace(listed_metric, k=metric.k) for listed_metric in METRICS]
     scores = score_lists(lists, week.ground_truth, metrics)
     return scores.with_columns(method=pl.lit(method), value=pl.col(str(metric)))
 

@@ -36,8 +36,8 @@ def rank_best_sellers(
 ) -> pl.DataFrame:
     """Return the overall best sellers, by a column of the article statistics, for each customer."""
     ties = [] if by == "popularity_28" else ["popularity_28"]
-    best = select_best_sellers(aggregates.article_stats, by, count, ties=ties)
-    top = best.select("article", score=pl.col(by).cast(pl.Float32))
+    best_sellers = select_best_sellers(aggregates.article_stats, by, count, ties=ties)
+    top = best_sellers.select("article", score=pl.col(by).cast(pl.Float32))
     ranked = top.with_columns(rank=pl.int_range(1, pl.len() + 1))
     return customers.select("customer").join(ranked, how="cross")
 

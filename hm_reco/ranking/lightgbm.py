@@ -20,9 +20,9 @@ from .ranker import RankerKind, RankerSettings, pool_weeks
 # %% ../../nbs/ranking/09_lightgbm.ipynb #d07fbcb1
 def to_lightgbm_parameters(settings: RankerSettings) -> dict[str, object]:
     """Translate the settings to LightGBM's parameters; the others keep their defaults."""
-    shared = {name: v for name, v in vars(settings).items() if name not in ("rounds", "kind")}
+    common = {name: v for name, v in vars(settings).items() if name not in ("rounds", "kind")}
     fixed = {"bagging_freq": 1, "deterministic": True, "force_row_wise": True, "verbose": -1}
-    return shared | fixed | {"lambdarank_truncation_level": 20}
+    return common | fixed | {"lambdarank_truncation_level": 20}
 
 # %% ../../nbs/ranking/09_lightgbm.ipynb #c34473e7
 def to_dataset(weeks: Sequence[FeatureMatrix]) -> lgb.Dataset:

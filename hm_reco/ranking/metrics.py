@@ -56,12 +56,12 @@ def ndcg(
     purchased: int,  # distinct articles bought, at least 1
 ) -> float:  # 0 to 1
     """Return the discounted gain of the hits, relative to that of the best list."""
-    gain, best = 0.0, 0.0
+    gain, ideal = 0.0, 0.0
     for rank in range(hits.size):
         discount = 1 / np.log2(rank + 2)
         gain += discount if hits[rank] else 0.0
-        best += discount if rank < purchased else 0.0
-    return gain / best
+        ideal += discount if rank < purchased else 0.0
+    return gain / ideal
 
 # %% ../../nbs/ranking/00_metrics.ipynb #a8869b00
 def recall(

@@ -317,14 +317,14 @@ class TrialRun:
         return True
 
     def _finish(self, state: optuna.trial.TrialState) -> bool:
-        n_trees, best = select_num_trees(self.values_by_step)
+        n_trees, best_values = select_num_trees(self.values_by_step)
         is_complete = state == optuna.trial.TrialState.COMPLETE
         if is_complete:
             self.trial.set_user_attr("rounds", n_trees)
             self.trial.set_user_attr(
-                "improvement", _compute_improvement(self.study, self.validation_set, best)
+                "improvement", _compute_improvement(self.study, self.validation_set, best_values)
             )
-        self.study.tell(self.trial, float(best.mean()) if is_complete else None, state)
+        self.study.tell(self.trial, float(best_values.mean()) if is_complete else None, state)
         self.save()
         return False
 

@@ -129,8 +129,8 @@ def select_purchases(
     customers: pl.DataFrame,  # `customer`
 ) -> pl.DataFrame:
     """Return the purchases of some customers, newest first, with `days_ago` in place of `day`."""
-    chosen = customers.lazy().select("customer")
-    purchases = history.purchases.lazy().join(chosen, on="customer", how="semi")
+    customer_ids = customers.lazy().select("customer")
+    purchases = history.purchases.lazy().join(customer_ids, on="customer", how="semi")
     dated = purchases.with_columns(days_ago=to_days_ago(history.day)).drop("day")
     return dated.sort("customer", "days_ago", "article", "price", "channel").collect()
 

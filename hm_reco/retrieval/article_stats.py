@@ -62,8 +62,8 @@ def _aggregate_shard(history: History, shards: int, shard: int) -> Sales:
     daily = _count_by_day(rows, history.customers.lazy().select("customer", "age"))
     daily = daily.join(first, on=["article", "day"], how="left")
     repurchases = gaps.drop_nulls("gap").group_by("article", "day", "gap")
-    counted = repurchases.agg(times=pl.len().cast(pl.Int64))
-    return Sales(*pl.collect_all([daily.with_columns(pl.col("buyers").fill_null(0)), counted]))
+    with_counts = repurchases.agg(times=pl.len().cast(pl.Int64))
+    return Sales(*pl.collect_all([daily.with_columns(pl.col("buyers").fill_null(0)), with_counts]))
 
 # %% ../../nbs/retrieval/02_article_stats.ipynb #c415e0f5
 def _merge_sales(left: Sales, right: Sales) -> Sales:
@@ -96,8 +96,12 @@ def _compute_mean(
     mask: pl.Expr | bool = True,
 ) -> pl.Expr:
     """Return the mean over the days of `mask`."""
-    chosen = pl.lit(mask) if isinstance(mask, bool) else mask
-    return pl.col(column).filter(chosen).sum() / 2.0**SALES_BITS / count.filter(chosen).sum()
+    selected_days = pl.lit(mask) if isinstance(mask, bool) else mask
+    return (
+        pl.col(column).filter(selected_days).sum()
+        / 2.0**SALES_BITS
+        / count.filter(selected_days).sum()
+    )
 
 # %% ../../nbs/retrieval/02_article_stats.ipynb #c2718cdb
 SALES_WINDOWS = (1, 7, 28, 91)  # days

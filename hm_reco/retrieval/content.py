@@ -36,10 +36,10 @@ NEW_DAYS, MAX_NEW_ARRIVALS = 21, 300  # days since an article's first sale; arti
 def build_new_arrivals(inputs: TableInputs) -> Mapping[str, np.ndarray]:
     """Build the list of new articles, the best seller first."""
     new = inputs.article_stats.filter(pl.col("on_sale_days") <= NEW_DAYS)
-    return {"new_arrivals": to_int32(_rank(new)["article"])}
+    return {"new_arrivals": to_int32(_select_top(new)["article"])}
 
 
-def _rank(stats: pl.DataFrame) -> pl.DataFrame:
+def _select_top(stats: pl.DataFrame) -> pl.DataFrame:
     return select_best_sellers(stats, "popularity", MAX_NEW_ARRIVALS)
 
 # %% ../../nbs/retrieval/10_content.ipynb #aeba49d7

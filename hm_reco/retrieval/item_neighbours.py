@@ -56,8 +56,8 @@ def build_interaction_matrix(
     shape: tuple[int, int],
 ) -> sparse.csr_matrix:
     """Build a matrix with `weight` (the largest of several) at `row` and `article`."""
-    largest = entries.group_by("row", "article").agg(pl.col("weight").max())
-    cells = largest.sort("row", "article")
+    deduplicated = entries.group_by("row", "article").agg(pl.col("weight").max())
+    cells = deduplicated.sort("row", "article")
     coordinates = (cells["row"].to_numpy(), cells["article"].to_numpy())
     return sparse.csr_matrix((cells["weight"].cast(pl.Float32).to_numpy(), coordinates), shape)
 
@@ -155,8 +155,10 @@ def _symmetrise(forward: pl.DataFrame, backward: pl.DataFrame) -> pl.DataFrame:
     """Merge neighbours of both directions; the backward ones count half."""
     halved = backward.with_columns(pl.col("similarity") / 2)
     merged = pl.concat([forward, halved]).group_by("article", "neighbour")
-    largest = merged.agg(pl.col("similarity").max())
-    ordered = largest.sort("article", "similarity", "neighbour", descending=[False, True, False])
+    deduplicated = merged.agg(pl.col("similarity").max())
+    ordered = deduplicated.sort(
+        "article", "similarity", "neighbour", descending=[False, True, False]
+    )
     return ordered.group_by("article", maintain_order=True).head(NEIGHBOURS_PER_ARTICLE)
 
 # %% ../../nbs/retrieval/08_item_neighbours.ipynb #0934ce0f
@@ -170,9 +172,9 @@ def compute_item_neighbours(
     )
     pairs = compute_cooccurrence(by_customer, by_customer)
     same_visit = compute_cooccurrence(by_visit, by_visit)
-    next_visit = compute_cooccurrence(previous_visit, by_visit)
-    forward = find_neighbours(next_visit, (previous, visits), "confidence")
-    backward = find_neighbours(next_visit.T.tocsr(), (visits, previous), "confidence")
+    following_visit = compute_cooccurrence(previous_visit, by_visit)
+    forward = find_neighbours(following_visit, (previous, visits), "confidence")
+    backward = find_neighbours(following_visit.T.tocsr(), (visits, previous), "confidence")
     return {
         "item_knn": find_neighbours(pairs, (customers, customers)),
         "item_confidence": find_neighbours(pairs, (customers, customers), "confidence"),

@@ -223,9 +223,9 @@ def _check_index(index: ArticleIndex) -> None:
     sizes = _get_sizes(index)
     _check_tables(index, sizes)
     n_lists = [len(table.indptr) - 1 for table in index.tables if isinstance(table, CsrLists)]
-    largest = max(sizes["articles"], *n_lists)
-    max_ids = sizes["articles"] * (len(CONTENT_ATTRIBUTES) + 1) + largest
-    _check_range("index.n_ids", np.array([index.n_ids]), largest, max_ids + 1)
+    max_size = max(sizes["articles"], *n_lists)
+    max_ids = sizes["articles"] * (len(CONTENT_ATTRIBUTES) + 1) + max_size
+    _check_range("index.n_ids", np.array([index.n_ids]), max_size, max_ids + 1)
     _check_range("index.attributes", index.attributes, 0, sizes["articles"])
     _check_range("index.attribute_ids", index.attribute_ids, 0, index.n_ids)
 

@@ -18,8 +18,8 @@ def get_source_ranks(
 ) -> dict[str, int]:  # by source, the best rank first
     """Return the rank that each source gave a candidate."""
     ranks = values[1 : 2 * len(SOURCE_NAMES) : 2]
-    proposed = sorted((int(ranks[n]), SOURCE_NAMES[n]) for n in np.flatnonzero(~np.isnan(ranks)))
-    return {name: rank for rank, name in proposed}
+    by_rank = sorted((int(ranks[n]), SOURCE_NAMES[n]) for n in np.flatnonzero(~np.isnan(ranks)))
+    return {name: rank for rank, name in by_rank}
 
 # %% ../../nbs/serving/05_explanations.ipynb #7ea552a9
 def explain_scores(
