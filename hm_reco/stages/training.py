@@ -120,47 +120,38 @@ def train_and_register(
     plan: BacktestPlan,
     settings: RankerSettings,
     provenance: Provenance,
-    register: bool = True,
+    register: bool = True,  # without it, the bundle is stored, but never serves
     options: TrainingOptions = DEFAULT_OPTIONS,
 ) -> TrainingResult:
-    """Evaluate the methods by the plan, and register the ranker trained for `plan.as_of`.
-
-    Without `register`, the bundle is stored, but never serves.
-    """
+    """Evaluate the methods by the plan, and register the ranker trained for `plan.as_of`."""
     backend = build_training_backend(lake, options.workers)
     tunable = get_ranker_kind(settings.kind).tunable
     minutes = options.tuning_minutes if tunable else None
     plan = replace(plan, tuning_weeks=plan.tuning_weeks if minutes is not None else 0)
     plan = resolve_plan(plan, history)
-    name = _build_study_name(
-        plan, settings, sorted(provenance.tables.items()), options.tower_examples
-    )
+    inputs = sorted(provenance.tables.items())
+    name = _build_study_name(plan, settings, inputs, options.tower_examples)
     two_tower = load_or_create_tower(lake, name, history, options.tower_examples, plan.seed)
     tuning_results: list[TuningResult] = []
 
     def search_settings(
         training_matrices: Sequence[FeatureMatrix], validation_sets: Sequence[ValidationSet]
     ) -> RankerSettings:
-        tuning_results.append(
-            tune(lake, name, training_matrices, validation_sets, settings, minutes or 0.0)
-        )
-        return tuning_results[0].settings
+        tuned = tune(lake, name, training_matrices, validation_sets, settings, minutes or 0.0)
+        tuning_results.append(tuned)
+        return tuned.settings
 
-    tuner, on_checkpoint = (
-        search_settings if minutes is not None else None,
-        partial(save_tower, lake, name),
-    )
+    tuner = search_settings if minutes is not None else None
+    on_checkpoint = partial(save_tower, lake, name)
     result = evaluate(history, plan, settings, two_tower, tuner, on_checkpoint, backend)
-    comparison, tuned = (
-        compare_with_baselines(result.scores, get_metric(plan.metric)),
-        tuning_results[0] if tuning_results else None,
-    )
+    comparison = compare_with_baselines(result.scores, get_metric(plan.metric))
     bundles = build_bundles(result, comparison, provenance)
     promotion = register_models(lake, bundles, result.scores, provenance, register)
-    if tuned:
+    for tuned in tuning_results:
         trials = tuned.trials.with_columns(run_id=pl.lit(provenance.run_id), study=pl.lit(name))
         append(lake, TRIALS_TABLE, trials, merge_schema=True)
-    return TrainingResult(result, comparison, tuned, bundles, promotion)
+    tuned_or_none = tuning_results[0] if tuning_results else None
+    return TrainingResult(result, comparison, tuned_or_none, bundles, promotion)
 
 
 def _build_study_name(*depends_on: object) -> str:
