@@ -14,15 +14,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-CustomerId = Annotated[str, StringConstraints(min_length=1, max_length=64)]
-ArticleId = Annotated[str, StringConstraints(pattern=r"^\d{10}$")]
-Term = Annotated[str, StringConstraints(min_length=1, max_length=64)]
-
-
+# %% ../../nbs/api/00_schemas.ipynb #4ae0549d
 class StrictModel(BaseModel):
     """A model that rejects unknown fields."""
 
     model_config = ConfigDict(extra="forbid")
+
+# %% ../../nbs/api/00_schemas.ipynb #caf723cd
+CustomerId = Annotated[str, StringConstraints(min_length=1, max_length=64)]
+ArticleId = Annotated[str, StringConstraints(pattern=r"^\d{10}$")]
+Term = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 
 # %% ../../nbs/api/00_schemas.ipynb #c9ae3774
 class Price(StrictModel):
@@ -37,7 +38,7 @@ class Price(StrictModel):
             raise ValueError(f"min {self.min} is greater than max {self.max}")
         return self
 
-
+# %% ../../nbs/api/00_schemas.ipynb #960fcbe7
 class Filters(StrictModel):
     """Filters that all recommended articles must pass."""
 
@@ -56,7 +57,7 @@ class RecentArticle(StrictModel):
     article_id: ArticleId
     at: dt.datetime | None = Field(None, description="Time of the view; default: now")
 
-
+# %% ../../nbs/api/00_schemas.ipynb #a91519fb
 class Context(StrictModel):
     """The channel and the day of the visit."""
 
@@ -68,7 +69,7 @@ class Context(StrictModel):
 # %% ../../nbs/api/00_schemas.ipynb #23791cae
 EXAMPLE: dict[str, Any] = {"customer_ids": ["new-customer"], "k": 3, "recent_articles": []}
 
-
+# %% ../../nbs/api/00_schemas.ipynb #160dfbd3
 class PredictRequest(StrictModel):
     """Customers, number of articles, session, filters and context."""
 
@@ -91,7 +92,7 @@ class PredictRequest(StrictModel):
             raise ValueError(f"explain: for at most 10 customers, not {len(self.customer_ids)}")
         return self
 
-
+# %% ../../nbs/api/00_schemas.ipynb #9d6ffe4b
 class SimilarRequest(StrictModel):
     """An article, and filters for similar articles."""
 
@@ -123,7 +124,7 @@ class Event(StrictModel):
             raise ValueError(f"at: {self.at.isoformat()} is in the future")
         return self
 
-
+# %% ../../nbs/api/00_schemas.ipynb #59ffe875
 class FeedbackRequest(StrictModel):
     """Events, in any order."""
 
@@ -154,7 +155,7 @@ class Reasons(BaseModel):
     )
     evidence: Evidence | None = None
 
-
+# %% ../../nbs/api/00_schemas.ipynb #a7f29d68
 class Article(BaseModel):
     """A recommended article."""
 
@@ -172,7 +173,7 @@ class Recommendation(BaseModel):
     shortfall: int = Field(0, description="How many articles fewer than k pass the filters")
     articles: list[Article]
 
-
+# %% ../../nbs/api/00_schemas.ipynb #5121f396
 class PredictResponse(BaseModel):
     """Recommendations in the order of the request, each customer once."""
 
@@ -180,7 +181,7 @@ class PredictResponse(BaseModel):
     request_id: str
     recommendations: list[Recommendation]
 
-
+# %% ../../nbs/api/00_schemas.ipynb #0620f24b
 class SimilarResponse(BaseModel):
     """Similar articles, the most similar first."""
 
@@ -200,14 +201,14 @@ class Health(BaseModel):
     as_of: dt.date | None = Field(None, description="Cut-off date (exclusive)")
     loaded_at: dt.datetime | None = None
 
-
+# %% ../../nbs/api/00_schemas.ipynb #b001820b
 class Ready(Health):
     """The readiness of the service and the age of its data."""
 
     age_days: int | None = Field(None, description="Days since the last known purchase")
     load_error: str | None = Field(None, description="Why a newer model or snapshot is not loaded")
 
-
+# %% ../../nbs/api/00_schemas.ipynb #3425b415
 class ModelCard(BaseModel):
     """The current model."""
 
@@ -234,7 +235,7 @@ class FieldProblem(BaseModel):
     field: str
     reason: str
 
-
+# %% ../../nbs/api/00_schemas.ipynb #b6ad6971
 class Problem(BaseModel):
     """An error in the format of RFC 9457."""
 

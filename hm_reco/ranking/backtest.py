@@ -35,7 +35,7 @@ from .scoring import score_lists
 from hm_reco.ranking.source_recall import (
     MIN_MEASURED_BUYERS,
     SourceRecall,
-    _generate_timed,
+    generate_timed,
     measure_sources,
 )
 from hm_reco.ranking.tuning import (
@@ -126,7 +126,7 @@ class WalkForward:
         )
         for task in self.iter_week_tasks(range(oldest, max(oldest // 2, 1), -1)):
             week = self.built_weeks[task.weeks_back] = job.build(task)
-            candidates.append(_generate_timed(week, seconds))
+            candidates.append(generate_timed(week, seconds))
             if sum(week.buyers.height for week in self.built_weeks.values()) >= MIN_MEASURED_BUYERS:
                 break
         return measure_sources(list(self.built_weeks.values()), candidates, seconds)

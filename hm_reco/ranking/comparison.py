@@ -22,7 +22,9 @@ from hm_reco.ranking.metrics import (
 from .ranker import RANKER
 
 # %% ../../nbs/ranking/17_comparison.ipynb #f86425b1
-def compute_means(scores: pl.DataFrame) -> dict[str, Interval]:
+def compute_means(
+    scores: pl.DataFrame,  # of an `Evaluation`
+) -> dict[str, Interval]:  # by method
     """Return the metric of each method over all customer-weeks, with its interval."""
     parts = scores.partition_by("method", as_dict=True, maintain_order=True)
     return {
@@ -39,9 +41,8 @@ def compute_difference(
 ) -> Interval:  # above 0: the method is better
     """Return the improvement of `method` over `reference` on the same customers and weeks."""
     oriented = scores.select("day", "customer", "method", value=metric.orient(pl.col("value")))
-    interval = compute_paired_difference(
-        *(oriented.filter(method=name) for name in (method, reference))
-    )
+    pair = (oriented.filter(method=name) for name in (method, reference))
+    interval = compute_paired_difference(*pair)
     assert interval, "methods of one evaluation share their customers"
     return interval
 
@@ -77,13 +78,13 @@ def compare_with_baselines(
     return BaselineComparison(baseline, improvement, intervals, metric)
 
 # %% ../../nbs/ranking/17_comparison.ipynb #54556487
-def to_comparison_table(comparison: BaselineComparison) -> pd.DataFrame:
+def to_comparison_table(
+    comparison: BaselineComparison,
+) -> pd.DataFrame:  # a row per method
     """Return the metric over all customer-weeks by method, with its 95 % interval."""
+    label = str(comparison.metric)
     rows = {
-        name: {
-            str(comparison.metric): f"{interval.mean:.4f}",
-            "95 % interval": f"{interval.low:.4f} .. {interval.high:.4f}",
-        }
-        for name, interval in comparison.means.items()
+        name: {label: f"{i.mean:.4f}", "95 % interval": f"{i.low:.4f} .. {i.high:.4f}"}
+        for name, i in comparison.means.items()
     }
     return pd.DataFrame(rows).T

@@ -16,10 +16,6 @@ from ..data.history import History
 from .metrics import DEFAULT_METRIC
 
 # %% ../../nbs/ranking/14_plan.ipynb #90714d31
-WARM_UP_DAYS = 28  # first days of the data, without training: no customer has a history yet
-TRAINING_BUYERS, TUNING_BUYERS = (20_000, 8, 40), (2_000, 2, 26)  # buyers, min. weeks, max. weeks
-
-
 @dataclass(frozen=True)
 class BacktestPlan:
     """The evaluation weeks, tuning weeks and training weeks of a backtest."""
@@ -45,8 +41,14 @@ class BacktestPlan:
             yield range(oldest, max(oldest - self.refit_every, 0), -1)
 
 # %% ../../nbs/ranking/14_plan.ipynb #cf532637
-def count_weekly_buyers(plan: BacktestPlan, history: History) -> list[int]:
-    """Count the buyers of each week after the warm-up, the newest week first."""
+WARM_UP_DAYS = 28  # first days of the data, without training: no customer has a history yet
+
+
+def count_weekly_buyers(
+    plan: BacktestPlan,
+    history: History,
+) -> list[int]:  # the newest week first
+    """Count the buyers of each week after the warm-up."""
     first_day = history.purchases["day"][0] + timedelta(days=WARM_UP_DAYS)
     weeks_back = ((pl.lit(plan.as_of) - pl.col("day")).dt.total_days() - 1) // plan.horizon_days
     is_past = pl.col("day").is_between(first_day, plan.as_of, closed="left")
@@ -55,6 +57,9 @@ def count_weekly_buyers(plan: BacktestPlan, history: History) -> list[int]:
     max_buyers = plan.customers_per_week or max(by_week.values(), default=0)
     n_weeks = max((plan.as_of - first_day).days // plan.horizon_days, 0)
     return [min(by_week.get(n, 0), max_buyers) for n in range(n_weeks)]
+
+# %% ../../nbs/ranking/14_plan.ipynb #217acb4e
+TRAINING_BUYERS, TUNING_BUYERS = (20_000, 8, 40), (2_000, 2, 26)  # buyers, min. weeks, max. weeks
 
 
 def _count_weeks_needed(
@@ -68,26 +73,30 @@ def _count_weeks_needed(
             return weeks
     return max(min(len(buyers), max_weeks), min_weeks)
 
-# %% ../../nbs/ranking/14_plan.ipynb #5107b0a1
-def resolve_plan(plan: BacktestPlan, history: History) -> BacktestPlan:
-    """Return the plan with all numbers set. Raises `ValueError` when the history is too short."""
-    buyers_by_week, evaluation, tuning = (
-        count_weekly_buyers(plan, history),
-        plan.evaluation_weeks,
-        plan.tuning_weeks,
-    )
-    if tuning is None:
-        tuning = _count_weeks_needed(buyers_by_week[evaluation:], *TUNING_BUYERS)
-    training = plan.training_weeks or _count_weeks_needed(
-        buyers_by_week[evaluation + tuning :], *TRAINING_BUYERS
-    )
-    if evaluation + tuning + training > len(buyers_by_week):
+# %% ../../nbs/ranking/14_plan.ipynb #c76aa188
+def _check_length(history: History, plan: BacktestPlan, needed: list[int], weeks: int) -> None:
+    """Raise `ValueError` when the plan needs more weeks than the data have."""
+    if sum(needed) > weeks:
         raise ValueError(
             "evaluation_weeks + tuning_weeks + training_weeks: the plan needs "
-            f"{evaluation} + {tuning} + {training} weeks, but purchases from "
-            f"{history.purchases['day'][0]} to {plan.as_of} have {len(buyers_by_week)} "
+            f"{' + '.join(map(str, needed))} weeks, but purchases from "
+            f"{history.purchases['day'][0]} to {plan.as_of} have {weeks} "
             "after four weeks of warm-up; use fewer weeks"
         )
+
+# %% ../../nbs/ranking/14_plan.ipynb #5107b0a1
+def resolve_plan(
+    plan: BacktestPlan,
+    history: History,
+) -> BacktestPlan:
+    """Return the plan with all numbers set. Raises `ValueError` when the history is too short."""
+    buyers, evaluation = count_weekly_buyers(plan, history), plan.evaluation_weeks
+    tuning = plan.tuning_weeks
+    if tuning is None:
+        tuning = _count_weeks_needed(buyers[evaluation:], *TUNING_BUYERS)
+    older = buyers[evaluation + tuning :]
+    training = plan.training_weeks or _count_weeks_needed(older, *TRAINING_BUYERS)
+    _check_length(history, plan, [evaluation, tuning, training], len(buyers))
     pooled = plan.pooled_weeks or plan.training_weeks
-    pooled = pooled or max(_count_weeks_needed(buyers_by_week, *TRAINING_BUYERS), training)
+    pooled = pooled or max(_count_weeks_needed(buyers, *TRAINING_BUYERS), training)
     return replace(plan, tuning_weeks=tuning, training_weeks=training, pooled_weeks=pooled)
