@@ -160,6 +160,7 @@ def test_customer_ids_are_stable_when_customers_are_added():
             "Active": [1, None],
             "fashion_news_frequency": ["NONE", None],
             "club_member_status": ["ACTIVE", "something new"],
+            "postal_code": ["12345", None],
         }
     )
     initial = map_customers(raw)

@@ -261,13 +261,13 @@ def test_sweep_compares_trials_and_keeps_champion(folder_lake):
     args = ["training", *grid, *OPTIONS[:4], "-p", "as_of=2020-09-16", "--lake", folder_lake.root]
     rows = json.loads(run_hm("sweep", *args, "--json").output)
     assert [(row["rounds"], row["state"]) for row in rows] == [(5, "succeeded"), (10, "succeeded")]
-    assert rows[0]["MAP@12"] != rows[1]["MAP@12"]
+    assert rows[0]["ranker"] != rows[1]["ranker"]
     assert get_table_version(open_lake(folder_lake.root), "artifacts/registry") == registry
     trials = [e for e in read_runs(folder_lake) if e.run_id.endswith(("-t1", "-t2"))]
     assert [stage_run.parameters["rounds"] for stage_run in trials] == [5, 10]
     sweep = trials[0].run_id.removesuffix("-t1")
     page = folder_lake.path("reports", sweep, "index.html").read_text()
-    assert all(f"{row['MAP@12']:.4f}" in page for row in rows)
+    assert all(f"{row['ranker']:.4f}" in page for row in rows)
     assert f"{sweep}/index.html" in folder_lake.path("reports", "index.html").read_text()
     states = [row["state"] for row in json.loads(run_hm("sweep", *args, "--json").output)]
     assert states == ["cached", "cached"]
