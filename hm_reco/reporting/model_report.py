@@ -301,9 +301,8 @@ def _describe_features(gains: pl.DataFrame) -> pl.DataFrame:
 def explanation_section(result: Evaluation, tuned: TuningResult | None = None) -> Section:
     """Build the section on importance, directions, settings and trials of the ranker."""
     gains = compute_importance(result.ranker, len(result.sample.names))
-    themes = gains.group_by(theme=pl.col("feature").map_elements(get_reason, pl.String)).agg(
-        pl.col("gain").sum()
-    )
+    reasons = pl.Series("theme", [get_reason(name) for name in gains["feature"]])
+    themes = gains.with_columns(reasons).group_by("theme").agg(pl.col("gain").sum())
     themes = themes.sort("gain", "theme", descending=[True, False])
     names = gains["feature"].head(6).to_list()
     n_half = int((gains["gain"].cum_sum() < 0.5).sum()) + 1
