@@ -33,7 +33,7 @@ def build_dispatch(
     namespace: dict[str, Any] = {f"function_{n}": f for n, f in enumerate(functions)}
     namespace["__name__"] = functions[0].__module__
     source = write_dispatch(len(functions), parameters)
-    exec(compile(source, _get_file(functions[0]), "exec"), namespace)
+    exec(compile(source, _get_file(functions[0]), "exec"), namespace)  # nosec B102
     return jit(namespace["dispatch"])
 
 
