@@ -23,7 +23,6 @@ from typing import Any
 
 import polars as pl
 from external_data import get_peak_mb
-from hm_reco.ranking.scoring import score_lists
 
 from hm_reco.data.history import History, as_of, get_ground_truth, load_history
 from hm_reco.data.synthetic import write_synthetic
@@ -34,6 +33,7 @@ from hm_reco.ranking.comparison import compute_means
 from hm_reco.ranking.metrics import METRICS, compute_paired_difference
 from hm_reco.ranking.plan import BacktestPlan
 from hm_reco.ranking.ranker import RANKER, RankerSettings
+from hm_reco.ranking.scoring import score_lists
 from hm_reco.ranking.tuning import tune
 from hm_reco.retrieval.aggregates import compute_aggregates
 from hm_reco.retrieval.two_tower import TwoTower, TwoTowerSettings, build_vocabulary
