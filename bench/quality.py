@@ -27,9 +27,10 @@ from external_data import get_peak_mb
 from hm_reco.data.history import History, as_of, get_ground_truth, load_history
 from hm_reco.data.synthetic import write_synthetic
 from hm_reco.lake.storage import Lake, open_lake
-from hm_reco.ranking.backtest import Evaluation, evaluate
+from hm_reco.ranking.backtest import evaluate
 from hm_reco.ranking.baselines import backfill, rank_best_sellers
 from hm_reco.ranking.comparison import compute_means
+from hm_reco.ranking.evaluation import Evaluation
 from hm_reco.ranking.metrics import METRICS, compute_paired_difference
 from hm_reco.ranking.plan import BacktestPlan
 from hm_reco.ranking.ranker import RANKER, RankerSettings

@@ -13,7 +13,7 @@ from hm_reco.data.history import as_of, generate_history
 from hm_reco.ranking import features
 from hm_reco.ranking.ranker import RankerSettings, rank
 from hm_reco.ranking.rankers import train
-from hm_reco.ranking.tuning import build_validation_set
+from hm_reco.ranking.validation import build_validation_set
 from hm_reco.ranking.weeks import build_training_matrix, build_week
 from hm_reco.retrieval import candidates
 from hm_reco.retrieval.two_tower import TwoTower, TwoTowerSettings, build_vocabulary, fit_until

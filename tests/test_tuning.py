@@ -10,22 +10,24 @@ import pytest
 
 from hm_reco.data.history import generate_history
 from hm_reco.lake.storage import Lake
-from hm_reco.ranking import tuning
+from hm_reco.ranking import learning_curve, tuning
 from hm_reco.ranking.backtest import evaluate
+from hm_reco.ranking.learning_curve import (
+    TrialData,
+    compute_learning_curve,
+    select_num_trees,
+    smooth,
+)
 from hm_reco.ranking.lightgbm import to_dataset, to_lightgbm_parameters
 from hm_reco.ranking.metrics import METRICS
 from hm_reco.ranking.plan import BacktestPlan
 from hm_reco.ranking.ranker import RankerSettings, downsample_negatives, rank_by_score
 from hm_reco.ranking.scoring import score_lists
-from hm_reco.ranking.tuning import (
-    TrialData,
+from hm_reco.ranking.tuning import tune
+from hm_reco.ranking.validation import (
     build_validation_set,
-    compute_learning_curve,
     concat_validation_sets,
     sample_customers,
-    select_num_trees,
-    smooth,
-    tune,
 )
 from hm_reco.ranking.weeks import build_training_matrix, build_week
 
@@ -104,11 +106,14 @@ def test_train_segments_equal_single_training(weeks):
         [build_validation_set(week, matrix) for week, matrix in weeks[:1]]
     )
     matrices = [downsample_negatives(matrix, 0.2, n) for n, (_, matrix) in enumerate(weeks[1:])]
-    settings, trees = RankerSettings(), tuning.TREES_PER_STEP * tuning.STEPS_PER_SEGMENT
+    settings, trees = (
+        RankerSettings(),
+        learning_curve.TREES_PER_STEP * learning_curve.STEPS_PER_SEGMENT,
+    )
     ap_by_step = [
         *islice(
             compute_learning_curve(TrialData(matrices, validation_set), settings),
-            tuning.STEPS_PER_SEGMENT + 1,
+            learning_curve.STEPS_PER_SEGMENT + 1,
         )
     ]
     booster = lgb.Booster(to_lightgbm_parameters(settings), to_dataset(matrices))
@@ -133,14 +138,14 @@ def test_select_num_trees_within_one_standard_error(monkeypatch):
         full_ap,
     ]  # the middle step is .001 worse
 
-    monkeypatch.setattr(tuning, "SMOOTHING_STEPS", 0)
+    monkeypatch.setattr(learning_curve, "SMOOTHING_STEPS", 0)
     assert (
-        select_num_trees(steps)[0] == 3 * tuning.TREES_PER_STEP
+        select_num_trees(steps)[0] == 3 * learning_curve.TREES_PER_STEP
     )  # worse for two of three customers: significant
     noisy = full_ap + 0.05 * np.random.default_rng(0).standard_normal(100)
     noisy += (full_ap - noisy).mean() - 0.001  # the same mean loss, but noisy
     trees, ap = select_num_trees([steps[0], noisy, full_ap])
-    assert trees == 2 * tuning.TREES_PER_STEP and np.allclose(ap, noisy)
+    assert trees == 2 * learning_curve.TREES_PER_STEP and np.allclose(ap, noisy)
 
 
 def test_validation_set_ap_equals_metric(weeks):
