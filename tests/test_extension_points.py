@@ -83,7 +83,8 @@ from hm_reco.ranking.weeks import build_training_matrix, build_week
 from hm_reco.registry.bundle import Bundle
 from hm_reco.retrieval.budget import build_ranked_hits
 from hm_reco.retrieval.candidates import generate_candidates
-from hm_reco.serving.recommend import build_recommender, recommend
+from hm_reco.serving.recommend import recommend
+from hm_reco.serving.recommender import build_recommender
 from hm_reco.serving.snapshot import load_snapshot, save_snapshot
 
 history = generate_history(150)

@@ -16,7 +16,8 @@ from hm_reco.ranking.ranker import RANKER, Ranker, RankerSettings
 from hm_reco.ranking.rankers import RANKERS, compute_importance, get_ranker_kind, train
 from hm_reco.ranking.weeks import build_training_matrix, build_week
 from hm_reco.registry.bundle import Bundle, BundleError, load_bundle, save_bundle
-from hm_reco.serving.recommend import build_recommender, recommend
+from hm_reco.serving.recommend import recommend
+from hm_reco.serving.recommender import build_recommender
 from hm_reco.serving.snapshot import load_snapshot, save_snapshot
 
 KINDS = [kind.name for kind in RANKERS]

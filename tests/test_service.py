@@ -44,7 +44,7 @@ from hm_reco.registry.registry import (
     rollback,
     save_scores,
 )
-from hm_reco.serving.recommend import predict_all, to_external_ids, with_precomputed
+from hm_reco.serving.batch import predict_all, to_external_ids, with_precomputed
 from hm_reco.stages.demo import demo_lake
 from hm_reco.stages.inference import select_example_customers
 from hm_reco.stages.ingestion import ingest

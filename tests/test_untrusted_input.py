@@ -28,7 +28,9 @@ from hm_reco.retrieval.two_tower import (
     to_bytes,
 )
 from hm_reco.serving.array_file import LAYOUT, SnapshotError, map_arrays
-from hm_reco.serving.recommend import build_recommender, predict_all, recommend, with_precomputed
+from hm_reco.serving.batch import predict_all, with_precomputed
+from hm_reco.serving.recommend import recommend
+from hm_reco.serving.recommender import build_recommender
 from hm_reco.serving.snapshot import ARRAYS_FILE, SNAPSHOTS_FOLDER, load_snapshot, save_snapshot
 
 

@@ -21,7 +21,9 @@ from ..data.segments import ON_SALE_DAYS
 from ..lake.storage import Lake
 from ..lake.tables import get_table_version, has_table, scan
 from ..retrieval.aggregates import ARTICLE_STATS
-from ..serving.recommend import Eligibility, Recommender, build_eligibility, get_index
+from ..serving.id_map import get_index
+from ..serving.ranking import Eligibility, build_eligibility
+from ..serving.recommender import Recommender
 
 # %% ../../nbs/api/01_catalogue.ipynb #ce8c7e5a
 def encode_terms(

@@ -29,7 +29,8 @@ from ..ranking.metrics import DEFAULT_METRIC
 from ..registry.bundle import Bundle, load_bundle
 from ..registry.registry import Model, NoModelError, get_champion, read_models
 from ..serving.array_file import SnapshotError
-from ..serving.recommend import Recommender, build_recommender, recommend
+from ..serving.recommend import recommend
+from ..serving.recommender import Recommender, build_recommender
 from ..serving.snapshot import list_snapshots, load_snapshot
 
 log = logging.getLogger("hm_reco.service")

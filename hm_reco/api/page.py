@@ -21,7 +21,7 @@ from .schemas import PredictRequest, SimilarRequest
 from ..data.segments import RECENT_DAYS
 from ..ranking.metrics import DEFAULT_METRIC
 from ..retrieval.arrays import CustomerArrays
-from ..serving.recommend import get_index
+from ..serving.id_map import get_index
 from reports.pages import render_page
 
 # %% ../../nbs/api/08_page.ipynb #0edea231

@@ -24,14 +24,10 @@ from ..data.segments import ONLINE, STORE
 from ..ranking.features import build_feature_matrix
 from ..retrieval.arrays import ArticleIndex, CsrLists, CustomerArrays
 from ..serving.explanations import explain_scores, get_source_ranks
-from hm_reco.serving.recommend import (
-    CustomerRecommendation,
-    Recommender,
-    Session,
-    apply_session,
-    get_index,
-    recommend,
-)
+from ..serving.id_map import get_index
+from ..serving.recommend import CustomerRecommendation, recommend
+from ..serving.recommender import Recommender
+from ..serving.session import Session, apply_session
 
 # %% ../../nbs/api/02_responses.ipynb #4a8a2720
 @dataclass(frozen=True)
