@@ -35,8 +35,9 @@ from hm_reco.ranking.features import FeatureMatrix
 from hm_reco.ranking.plan import BacktestPlan
 from hm_reco.ranking.ranker import RankerSettings, downsample_negatives
 from hm_reco.ranking.rankers import train
-from hm_reco.ranking.tuning import ValidationSet, build_validation_set
+from hm_reco.ranking.validation import ValidationSet, build_validation_set
 from hm_reco.ranking.weeks import build_training_matrix, build_week
+from hm_reco.registry.training_run import build_training_backend
 from hm_reco.retrieval.article_stats import aggregate_sales
 from hm_reco.retrieval.two_tower import (
     TwoTower,
@@ -45,11 +46,11 @@ from hm_reco.retrieval.two_tower import (
     fit_until,
     to_bytes,
 )
-from hm_reco.serving.recommend import Recommender, predict_all
+from hm_reco.serving.batch import predict_all
+from hm_reco.serving.recommender import Recommender
 from hm_reco.stages import processing
 from hm_reco.stages.ingestion import ingest
 from hm_reco.stages.processing import PROCESSED_TABLES, process
-from hm_reco.stages.training import build_training_backend
 from tests.conftest import find_free_port
 
 CLIENT_PORT = find_free_port()  # for drivers outside of the cluster

@@ -25,12 +25,12 @@ from hm_reco.reporting.customers import (
     compute_retention,
 )
 from hm_reco.reporting.data_drift import TABLES, drift_section, resolve_versions
+from hm_reco.reporting.data_sections import build_data_report
 from hm_reco.reporting.purchases import compute_basket_sizes, compute_discounts
 from hm_reco.reporting.quality import find_empty_days, quality_section
 from hm_reco.reporting.repurchase import compute_repeat_shares
 from hm_reco.reporting.section import Report, build_report_schema, dump_report
 from hm_reco.stages.demo import demo_lake
-from hm_reco.stages.eda import build_report
 from runner.cli import app
 
 LAST = date(2020, 9, 22)
@@ -38,7 +38,7 @@ LAST = date(2020, 9, 22)
 
 @pytest.fixture(scope="module")
 def report(trained_lake: Lake) -> Report:
-    return build_report(trained_lake, "r1", "", date(2020, 9, 24))
+    return build_data_report(trained_lake, "r1", "", date(2020, 9, 24))
 
 
 def build_purchases(*rows: tuple[object, ...], extra_columns: tuple[str, ...] = ()) -> pl.LazyFrame:

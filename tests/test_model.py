@@ -29,9 +29,12 @@ from hm_reco.ranking.weeks import build_training_matrix, build_week
 from hm_reco.registry.bundle import MANIFEST, Bundle, BundleError, load_bundle, save_bundle
 from hm_reco.registry.registration import Provenance, build_bundles, register_bundles
 from hm_reco.registry.registry import NoModelError, get_champion, get_model_states, read_models
-from hm_reco.serving.recommend import predict_all
+from hm_reco.registry.training_run import train_and_register
+from hm_reco.reporting.analysis import ModelReportInputs
+from hm_reco.reporting.model_sections import build_model_report
+from hm_reco.serving.batch import predict_all
 from hm_reco.stages.demo import demo_lake
-from hm_reco.stages.training import build_metrics, build_report, train_and_register
+from hm_reco.stages.training import build_metrics
 
 BASELINE = "own history, half-life 28 days"
 
@@ -91,7 +94,8 @@ def test_training_registers_model_and_builds_report(lake: Lake):
         trained.comparison.means[RANKER].mean, abs=1e-6
     )
     assert load_bundle(lake, get_champion(lake)).tables == tables
-    report = build_report(trained, history, "r1", tables)
+    inputs = ModelReportInputs(trained.result, trained.comparison, history, trained.promotion)
+    report = build_model_report(inputs, "r1", tables)
     assert report.tables == tables and metrics["promotion"] in " ".join(report.sections[0].findings)
 
 

@@ -9,8 +9,9 @@ import polars as pl
 import pytest
 
 from hm_reco.data.history import History, generate_history
-from hm_reco.ranking.backtest import Evaluation, evaluate
+from hm_reco.ranking.backtest import evaluate
 from hm_reco.ranking.comparison import BaselineComparison, compare_with_baselines
+from hm_reco.ranking.evaluation import Evaluation
 from hm_reco.ranking.plan import BacktestPlan
 from hm_reco.ranking.ranker import RANKER
 from hm_reco.reporting.analysis import compare_segments

@@ -18,9 +18,9 @@ from ..lake.tables import get_table_version
 from ..ranking.plan import BacktestPlan
 from ..ranking.ranker import RankerSettings
 from ..registry.registration import Provenance
+from ..registry.training_run import train_and_register
 from .ingestion import ingest
 from .processing import process
-from .training import train_and_register
 
 # %% ../../nbs/stages/00_demo.ipynb #a55591d5
 @cache

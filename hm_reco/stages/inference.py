@@ -14,26 +14,24 @@ from ..api.app import create_app
 from ..data.history import History
 from ..data.segments import LAPSED_DAYS, RECENT_DAYS
 
+# %% ../../nbs/stages/50_inference.ipynb #bb610723
+def select_example_customers(
+    history: History,
+) -> dict[str, str]:  # customer id by kind, as far as they exist
+    """Return a `loyal`, a `lapsed` and a `new` customer."""
+    day = pl.col("day")
+    visits = history.purchases.group_by("customer").agg(visits=day.n_unique(), last=day.max())
+    customers = history.customers.select("customer", "customer_id")
+    customers = customers.join(visits, on="customer", how="left")
+    recent, lapsed = (history.day - timedelta(days=days) for days in (RECENT_DAYS, LAPSED_DAYS))
+    kinds = {
+        "loyal": pl.col("last") >= recent,
+        "lapsed": (pl.col("last") < lapsed) & (pl.col("visits") > 2),
+        "new": pl.col("last").is_null(),
+    }
+    ordered = customers.sort("visits", "customer_id", descending=True)
+    ids = {kind: ordered.filter(is_kind)["customer_id"] for kind, is_kind in kinds.items()}
+    return {kind: found[0] for kind, found in ids.items() if found.len()}
+
 # %% ../../nbs/stages/50_inference.ipynb #81c996df
 app = create_app()
-
-# %% ../../nbs/stages/50_inference.ipynb #bb610723
-def select_example_customers(history: History) -> dict[str, str]:
-    """Return the ids of a `loyal`, a `lapsed` and a `new` customer, as far as they exist."""
-    visit_counts = history.purchases.group_by("customer").agg(
-        visits=pl.col("day").n_unique(), last=pl.col("day").max()
-    )
-    customers = history.customers.select("customer", "customer_id").join(
-        visit_counts, on="customer", how="left"
-    )
-    recent = history.day - timedelta(days=RECENT_DAYS)
-    lapsed_before = history.day - timedelta(days=LAPSED_DAYS)
-    groups = {
-        "loyal": customers.filter(pl.col("last") >= recent),
-        "lapsed": customers.filter((pl.col("last") < lapsed_before) & (pl.col("visits") > 2)),
-        "new": customers.filter(pl.col("last").is_null()),
-    }
-    ordered = {
-        kind: rows.sort("visits", "customer_id", descending=True) for kind, rows in groups.items()
-    }
-    return {kind: rows["customer_id"][0] for kind, rows in ordered.items() if not rows.is_empty()}
