@@ -200,8 +200,8 @@ def _describe_segments(rows: Sequence[Mapping[str, Any]], metric: str, baseline:
     n_better = sum(row["low"] > 0 for row in rows)
     n_worse = sum(row["high"] < 0 for row in rows)
     return [
-        f"{metric} is highest for {_format_segment(highest)} ({highest[RANKER]:.4f}) and lowest for "
-        f"{_format_segment(lowest)} ({lowest[RANKER]:.4f}). Of {len(rows)} segments with "
+        f"{metric} is highest for {_format_segment(highest)} ({highest[RANKER]:.4f}) and lowest "
+        f"for {_format_segment(lowest)} ({lowest[RANKER]:.4f}). Of {len(rows)} segments with "
         f"{MIN_SEGMENT_SIZE} or more customer-weeks, the ranker is significantly better than "
         f"{baseline!r} in {n_better} and significantly worse in {n_worse}."
     ]
