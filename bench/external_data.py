@@ -1,6 +1,6 @@
 """Ingestion and processing by other libraries, in a separate environment; see `data.py`.
 
-    .venv-peers/bin/python bench/external_data.py parse|duckdb|pandas SOURCE OUT
+    .venv-bench-data/bin/python bench/external_data.py parse|duckdb|pandas SOURCE OUT
 
 `parse` only reads a CSV. The two others make the processed tables of the stage `processing` from
 the parquet files of `raw/`, with hand-written DuckDB SQL and with pandas. Each prints a line of
@@ -32,31 +32,11 @@ CREATE TABLE purchases AS
         (customer % {shards})::INT AS shard, date_trunc('week', t_dat)::DATE AS week
     FROM read_parquet('{raw}/transactions/*/*.parquet')
     JOIN articles USING (article_id) JOIN customers USING (customer_id) GROUP BY ALL;
-CREATE TABLE weekly_articles AS
-    SELECT week, article, sum(units)::INT AS units, count(DISTINCT customer)::INT AS buyers,
-        sum(price::DOUBLE * units) / sum(units) AS price,
-        sum(CASE channel WHEN 2 THEN units ELSE 0 END) / sum(units) AS online
-    FROM purchases GROUP BY week, article;
-CREATE TABLE weekly_customers AS
-    SELECT week, customer, count(DISTINCT day)::SMALLINT AS visits, sum(units)::INT AS units,
-        sum(CASE channel WHEN 2 THEN units ELSE 0 END)::INT AS online,
-        sum(price::DOUBLE * units) AS spend, min(day) AS first_day, max(day) AS last_day
-    FROM purchases GROUP BY week, customer;
-CREATE TABLE customer_features AS
-    SELECT customer, count(*)::INT AS weeks, sum(visits)::INT AS visits, sum(units)::INT AS units,
-        sum(spend) AS spend, min(first_day) AS first_day, max(last_day) AS last_day,
-        sum(units) / sum(visits) AS basket,
-        date_diff('day', min(first_day), max(last_day)) / greatest(sum(visits) - 1, 1) AS visit_gap,
-        sum(spend) / sum(units) AS usual_price, sum(online) / sum(units) AS online_share
-    FROM weekly_customers GROUP BY customer;
 """
 PARTITIONS = {
     "articles": "",
     "customers": "",
     "purchases": ", PARTITION_BY (shard, week)",
-    "weekly_articles": ", PARTITION_BY (week)",
-    "weekly_customers": ", PARTITION_BY (week)",
-    "customer_features": "",
 }
 
 
@@ -77,16 +57,11 @@ def run_duckdb(source: str, out: str) -> dict[str, float]:
     database.execute(TABLES_SQL.format(raw=source, shards=SHARDS))
     for name, partitions in PARTITIONS.items():
         database.execute(f"COPY {name} TO '{out}/{name}' (FORMAT parquet{partitions})")
-    purchases, weeks, units, spend = (
-        database.execute(query).fetchone()[0]
-        for query in (
-            "SELECT count(*) FROM purchases",
-            "SELECT count(*) FROM weekly_customers",
-            "SELECT sum(units) FROM customer_features",
-            "SELECT sum(spend) FROM customer_features",
-        )
-    )
-    return {"purchases": purchases, "weeks": weeks, "units": int(units), "spend": spend}
+    totals = database.execute(
+        "SELECT count(*), count(DISTINCT week), sum(units), sum(price::DOUBLE * units)"
+        " FROM purchases"
+    ).fetchone()
+    return dict(zip(("purchases", "weeks", "units", "spend"), map(float, totals), strict=True))
 
 
 def run_pandas(source: str, out: str) -> dict[str, float]:
@@ -110,50 +85,15 @@ def run_pandas(source: str, out: str) -> dict[str, float]:
     purchases["week"] = purchases["day"] - pd.to_timedelta(
         purchases["day"].dt.day_of_week, unit="D"
     )
-    purchases["spend"] = purchases["price"].astype("float64") * purchases["units"]
-    purchases["online"] = purchases["units"].where(purchases["channel"] == 2, 0)
-    weekly_articles = purchases.groupby(["week", "article"], sort=False).agg(
-        units=("units", "sum"),
-        buyers=("customer", "nunique"),
-        spend=("spend", "sum"),
-        online=("online", "sum"),
-    )
-    weekly_articles["price"] = weekly_articles.pop("spend") / weekly_articles["units"]
-    weekly_articles["online"] /= weekly_articles["units"]
-    weekly_customers = purchases.groupby(["week", "customer"], sort=False).agg(
-        visits=("day", "nunique"),
-        units=("units", "sum"),
-        online=("online", "sum"),
-        spend=("spend", "sum"),
-        first_day=("day", "min"),
-        last_day=("day", "max"),
-    )
-    features = weekly_customers.groupby("customer").agg(
-        weeks=("units", "size"),
-        visits=("visits", "sum"),
-        units=("units", "sum"),
-        online=("online", "sum"),
-        spend=("spend", "sum"),
-        first_day=("first_day", "min"),
-        last_day=("last_day", "max"),
-    )
-    days_between = (features["last_day"] - features["first_day"]).dt.days
-    features["basket"] = features["units"] / features["visits"]
-    features["visit_gap"] = days_between / (features["visits"] - 1).clip(1)
-    features["usual_price"] = features["spend"] / features["units"]
-    features["online_share"] = features.pop("online") / features["units"]
     articles.to_parquet(f"{out}/articles.parquet")
     customers.to_parquet(f"{out}/customers.parquet")
-    purchases = purchases.drop(columns=["spend", "online"])
     purchases.to_parquet(f"{out}/purchases", partition_cols=["shard", "week"])
-    weekly_articles.reset_index().to_parquet(f"{out}/weekly_articles", partition_cols=["week"])
-    weekly_customers.reset_index().to_parquet(f"{out}/weekly_customers", partition_cols=["week"])
-    features.to_parquet(f"{out}/customer_features.parquet")
+    spend = purchases["price"].astype("float64") * purchases["units"]
     return {
         "purchases": len(purchases),
-        "weeks": len(weekly_customers),
-        "units": int(features["units"].sum()),
-        "spend": float(features["spend"].sum()),
+        "weeks": purchases["week"].nunique(),
+        "units": int(purchases["units"].sum()),
+        "spend": float(spend.sum()),
     }
 
 

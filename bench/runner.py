@@ -50,7 +50,7 @@ FUNCTION_SCRIPT = """
 import sys
 from hm_reco.lake.storage import open_lake
 from hm_reco.data.changes import detect_changes
-from hm_reco.stages.processing import process
+from hm_reco.data.processing import process
 lake = open_lake(sys.argv[1])
 process(lake, change=detect_changes(lake, full_refresh=True))
 """

@@ -24,12 +24,13 @@ import numpy as np
 import polars as pl
 from external_data import get_peak_mb
 
+from hm_reco.data import processing
 from hm_reco.data.changes import _list_weeks
 from hm_reco.data.history import load_history, map_purchases
 from hm_reco.data.synthetic import write_synthetic
 from hm_reco.lake.storage import open_lake
 from hm_reco.lake.tables import scan
-from hm_reco.stages import ingestion, processing
+from hm_reco.stages import ingestion
 
 FULL_CUSTOMERS, SHARDS = 1_371_980, 8
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "POLARS_MAX_THREADS", "NUMBA_NUM_THREADS"), "1")
@@ -47,16 +48,11 @@ def build_lake(root: str, customers: int) -> Figures:
 
 
 def measure_block(root: str, weeks: int) -> Figures:
-    """Some weeks of processing: read, map, count, write."""
+    """Some weeks of processing: read, map, write."""
     lake = open_lake(root)
-    id_tables = processing.IdTables(
-        *(scan(lake, f"processed/{name}").collect() for name in processing.IdTables._fields)
-    )
     week_starts = _list_weeks(scan(lake, "raw/transactions"))[-weeks:]
-    result = processing.process_block(lake, id_tables, SHARDS, False, week_starts)
-    assert result is not None
-    rows = scan(lake, "processed/purchases").filter(pl.col("week").is_in(week_starts))
-    return {"rows": rows.select(pl.len()).collect().item()}
+    rows = processing.process_block(lake, processing.load_ids(lake), SHARDS, week_starts)
+    return {"rows": rows}
 
 
 def measure_ids(_: str, customers: int) -> Figures:
@@ -74,14 +70,6 @@ def measure_ids(_: str, customers: int) -> Figures:
         price=pl.lit(0.02),
     )
     return {"rows": map_purchases(raw.lazy(), articles, customer_table).collect()["units"].sum()}
-
-
-def measure_shard(root: str, _: int) -> Figures:
-    """Customer features of one shard."""
-    lake = open_lake(root)
-    processing.process_shard(lake, None, 0)
-    counts = scan(lake, "processed/customer_features").filter(shard=0).select(pl.len())
-    return {"rows": counts.collect().item()}
 
 
 def measure_sales(root: str, shards: int) -> Figures:
@@ -135,7 +123,6 @@ WORKLOADS: dict[str, Callable[[str, int], Figures]] = {
     "build": build_lake,
     "block": measure_block,
     "ids": measure_ids,
-    "shard": measure_shard,
     "sales": measure_sales,
     "week": measure_week,
 }
@@ -144,7 +131,6 @@ MEASUREMENTS = [
     ("block", 1),
     ("ids", FULL_CUSTOMERS),
     ("ids", 10 * FULL_CUSTOMERS),
-    ("shard", 0),
     ("sales", SHARDS),
     ("week", 10_000),
 ]

@@ -56,8 +56,8 @@ NAV: dict[str, str | dict[str, str]] = {
 # the folders of nbs/, each after those that it imports
 PACKAGES = (
     "lake",
-    "data",
     "compute",
+    "data",
     "retrieval",
     "ranking",
     "registry",

@@ -24,7 +24,9 @@ from ray.cluster_utils import Cluster
 
 from hm_reco.api.model_manager import find_target, load_model
 from hm_reco.compute.cluster import ClusterError, ray_map, ray_reduce
+from hm_reco.data import processing
 from hm_reco.data.history import History, generate_history, load_history
+from hm_reco.data.processing import PROCESSED_TABLES, process
 from hm_reco.data.synthetic import write_synthetic
 from hm_reco.lake.storage import open_lake
 from hm_reco.lake.tables import scan
@@ -48,9 +50,7 @@ from hm_reco.retrieval.two_tower import (
 )
 from hm_reco.serving.batch import predict_all
 from hm_reco.serving.recommender import Recommender
-from hm_reco.stages import processing
 from hm_reco.stages.ingestion import ingest
-from hm_reco.stages.processing import PROCESSED_TABLES, process
 from tests.conftest import find_free_port
 
 CLIENT_PORT = find_free_port()  # for drivers outside of the cluster
@@ -311,7 +311,7 @@ def test_ray_map_retries_killed_task(cluster, tmp_path):
 DRIVER_SCRIPT = """
 import sys, time
 from hm_reco.lake.storage import open_lake
-from hm_reco.stages import processing
+from hm_reco.data import processing
 if sys.argv[2] == "slow":
     real = processing.process_block
     def slow(*words):
@@ -319,7 +319,7 @@ if sys.argv[2] == "slow":
         time.sleep(60)  # some weeks are written, the run has not finished
         return moved
     processing.process_block = slow
-processing.WEEKS_AT_ONCE = 40
+processing.MAX_WEEKS_PER_BLOCK = 40
 processing.process(open_lake(sys.argv[1]), 2)
 """
 
@@ -334,7 +334,7 @@ def test_ray_killed_driver_leaves_no_partial_tables(cluster, tmp_path):
     env = os.environ | {"HM_RAY_ADDRESS": cluster.address}
     with subprocess.Popen([*command, "slow"], env=env, start_new_session=True) as driver:
         deadline = time.monotonic() + 60
-        while not ray_lake.path("processed", "weekly_customers").exists():
+        while not ray_lake.path("processed", "purchases").exists():
             assert time.monotonic() < deadline and driver.poll() is None
             time.sleep(0.2)
         time.sleep(2)

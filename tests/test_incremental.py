@@ -7,13 +7,12 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from hm_reco.data.changes import detect_changes, to_week_start
+from hm_reco.data.changes import detect_changes
+from hm_reco.data.processing import PROCESSED_TABLES, process
 from hm_reco.data.sources import Source
-from hm_reco.data.weekly import FEATURES
 from hm_reco.lake.storage import Lake, open_lake
 from hm_reco.lake.tables import get_table_version, scan
 from hm_reco.stages.ingestion import ingest
-from hm_reco.stages.processing import PROCESSED_TABLES, process
 
 DATA_TABLES = [name for name in PROCESSED_TABLES if name != "processed/input_versions"]
 
@@ -183,37 +182,3 @@ def test_vacuumed_input_version_requires_full_refresh(full_lake, frames, lake, t
     assert changes.full_refresh and "files are gone" in changes.reason
     process(lake, 3, changes)
     assert scan(lake, "processed/purchases").select(pl.col("units").sum()).collect().item() == 1_000
-
-
-def test_features_are_documented_and_exact(full_lake):
-    documented = {(f"processed/{f.table}", f.name) for f in FEATURES}
-    columns = {
-        (name, column)
-        for name in {table for table, _ in documented}
-        for column in scan(full_lake, name).collect_schema().names()
-    }
-    keys = {"shard", "week", "article", "customer"}
-    assert {pair for pair in columns if pair[1] not in keys} == documented
-    assert all(all(feature) for feature in FEATURES)
-    purchases = scan(full_lake, "processed/purchases").collect()
-    customer = purchases["customer"].mode()[0]
-    customer_purchases = purchases.filter(customer=customer)
-    row = (
-        scan(full_lake, "processed/customer_features")
-        .filter(customer=customer)
-        .collect()
-        .to_dicts()[0]
-    )
-    days = customer_purchases["day"].unique().sort()
-    assert row["visits"] == days.len() and row["units"] == customer_purchases["units"].sum()
-    assert row["weeks"] == customer_purchases.select(to_week_start(pl.col("day"))).n_unique()
-    assert (row["first_day"], row["last_day"]) == (days[0], days[-1])
-    assert row["basket"] == pytest.approx(customer_purchases["units"].sum() / days.len())
-    assert row["spend"] == pytest.approx(
-        (customer_purchases["price"].cast(pl.Float64) * customer_purchases["units"]).sum()
-    )
-    assert row["visit_gap"] == pytest.approx(days.diff().dt.total_days().mean())
-    online_share = (
-        customer_purchases.filter(channel=2)["units"].sum() / customer_purchases["units"].sum()
-    )
-    assert row["online_share"] == pytest.approx(online_share)

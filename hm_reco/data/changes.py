@@ -41,7 +41,7 @@ def to_week_start(day: pl.Expr) -> pl.Expr:
 def read_input_versions(lake: Lake, shards: int) -> pl.DataFrame:
     """Return the current inputs of the processed tables, as one row."""
     versions = {name: get_table_version(lake, name) for name in RAW_TABLES}
-    code = fingerprint_modules("hm_reco.stages.processing")
+    code = fingerprint_modules("hm_reco.data.processing")
     return pl.DataFrame({"raw": [json.dumps(versions)], "shards": [shards], "code": [code]})
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
+from ..data.processing import process
+
 from ..data.history import HISTORY_TABLES, load_history
 from ..data.synthetic import write_synthetic
 from ..lake.storage import Lake, open_lake
@@ -20,7 +22,6 @@ from ..ranking.ranker import RankerSettings
 from ..registry.registration import Provenance
 from ..registry.training_run import train_and_register
 from .ingestion import ingest
-from .processing import process
 
 # %% ../../nbs/stages/00_demo.ipynb #a55591d5
 @cache
