@@ -4,16 +4,11 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from runner.backends.argo import NIGHTLY_SCHEDULE, Step, build_workflows
-from runner.backends.kuberay import build_ray_job
+from runner.backends import MANIFEST_BACKENDS
+from runner.backends.kubernetes import Step
 from runner.cache import LOCATION_PARAMETERS
 from runner.graph import Stage, find_project_root
 from runner.parameters import resolve
-
-MANIFEST_FILES = {
-    "argo": Path("deploy/pipeline/base/workflow.yaml"),
-    "ray": Path("deploy/ray/base/rayjob.yaml"),
-}
 
 
 def to_cli_args(values: Mapping[str, object]) -> dict[str, str]:
@@ -42,12 +37,12 @@ def build_steps(stages: Mapping[str, Stage]) -> list[Step]:
 def build_manifests(stages: Mapping[str, Stage]) -> dict[str, str]:
     """Build the manifests for each kind of cluster, as YAML."""
     steps = build_steps(stages)
-    return {"argo": build_workflows(steps, NIGHTLY_SCHEDULE), "ray": build_ray_job(steps)}
+    return {name: backend.build(steps) for name, backend in MANIFEST_BACKENDS.items()}
 
 
 def write_manifest_file(name: str, text: str) -> Path:
     """Write a manifest into the checkout. Raises `LookupError` outside of a checkout."""
-    path = find_project_root() / MANIFEST_FILES[name]
+    path = find_project_root() / MANIFEST_BACKENDS[name].path
     if not path.parent.is_dir():
         raise LookupError(f"{path.parent}: no such folder; --write needs a checkout")
     path.write_text(text, encoding="utf-8")

@@ -13,7 +13,8 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from runner.deployment import MANIFEST_FILES, build_manifests, write_manifest_file
+from runner.backends import MANIFEST_BACKENDS
+from runner.deployment import build_manifests, write_manifest_file
 from runner.graph import (
     PIPELINE_FILE,
     PipelineError,
@@ -48,7 +49,10 @@ def _check_name(name: str, root: Path) -> None:
         raise PipelineError(f"stage name {name!r}: expected {expected}")
     if name in load_pipeline() or list((root / "nbs").rglob(f"[0-9]*_{name}.ipynb")):
         raise PipelineError(f"stage name {name!r}: it exists already; hm plan lists the stages")
-    needed = (root / "nbs" / "stages", *((root / file).parent for file in MANIFEST_FILES.values()))
+    needed = (
+        root / "nbs" / "stages",
+        *((root / backend.path).parent for backend in MANIFEST_BACKENDS.values()),
+    )
     if not all(folder.is_dir() for folder in needed) or not PIPELINE_FILE.is_relative_to(root):
         raise PipelineError(f"{root} is not a clone of the project; a new stage needs one")
     if not Path(sys.executable).with_name("nbdev-export").exists():

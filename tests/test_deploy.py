@@ -23,8 +23,9 @@ from deploy.gitops import MAX_ATTEMPTS, GitOpsError, publish_change, set_image
 from deploy.gitops import main as run_gitops
 from deploy.tag import build_tags, to_tag_part
 from deploy.tag import main as run_tag
+from runner.backends import MANIFEST_BACKENDS
 from runner.cli import app
-from runner.deployment import MANIFEST_FILES, build_manifests
+from runner.deployment import build_manifests
 from runner.graph import load_pipeline
 
 SHA = "0123456789abcdef0123456789abcdef01234567"  # pragma: allowlist secret
@@ -89,7 +90,7 @@ def test_dockerignore_excludes_secrets():
 
 def test_argo_workflow_file_equals_pipeline_graph():
     rendered = build_manifests(load_pipeline())
-    assert {name: Path(file).read_text() for name, file in MANIFEST_FILES.items()} == rendered
+    assert {name: b.path.read_text() for name, b in MANIFEST_BACKENDS.items()} == rendered
 
 
 def test_argo_manifest_has_requested_schedule():

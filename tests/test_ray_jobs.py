@@ -100,5 +100,5 @@ def test_ray_jobs_without_cluster_name_the_setting(environment, tmp_path, extra,
     unknown_backend = run_hm(environment, "run", "--backend", "spark", "--lake", lake.root)
     assert (
         unknown_backend.returncode == 1
-        and "--backend spark: expected ray" in unknown_backend.stderr
+        and "--backend spark: expected local or ray" in unknown_backend.stderr
     )

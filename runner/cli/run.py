@@ -1,8 +1,6 @@
 """Commands that run stages: run, ingest, plan, params, sweep, reproduce, predict, eda."""
 
 import json
-import os
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from hm_reco.lake.published import read_published
-from hm_reco.lake.storage import Lake, open_lake
+from hm_reco.lake.storage import open_lake
+from runner.backends import RunOptions, get_run_backend, run_locally
 from runner.cli.options import (
     DataOption,
     FileOption,
@@ -54,21 +53,6 @@ def _build_jobs(
     return [Job(stage, resolved[stage.name], run_id) for stage in selected]
 
 
-def _run_with_leases(
-    lake: Lake, jobs: Sequence[Any], display: Any, limit: int, force: bool, wait: float | None
-):
-    """Run jobs while holding the leases of their stages."""
-    from hm_reco.lake.lease import hold_leases
-    from runner.scheduler import run_jobs
-
-    def on_lost() -> None:
-        display.log("another run took over the lease: stopping this run", "red")
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    with hold_leases(lake, [job.stage.name for job in jobs], wait, display.log, on_lost):
-        return run_jobs(lake, jobs, display, get_library_hooks(), limit, force)
-
-
 @app.command()
 def run(
     stages: StagesArgument = None,
@@ -87,9 +71,10 @@ def run(
     backend: Annotated[
         str,
         typer.Option(
-            "--backend", help="ray: run each stage as a job of the cluster HM_RAY_ADDRESS."
+            "--backend",
+            help="local: this machine. ray: each stage as a job of the cluster HM_RAY_ADDRESS.",
         ),
-    ] = "",
+    ] = "local",
     wait: WaitOption = None,
     verbose: VerboseOption = False,
     as_json: JsonOption = False,
@@ -103,20 +88,15 @@ def run(
     from runner.scheduler import StageError
 
     with user_errors(StageError, ClusterError, BackendError):
-        if backend not in ("", "ray"):
-            raise ValueError(f"--backend {backend}: expected ray")
+        run_stages = get_run_backend(backend)
         run_id, target = validate_run_id(run_id) if run_id else generate_run_id(), open_lake(lake)
         if upstream and stages:
             selected = [stage.name for stage in select_stages(load_pipeline(), stages)]
             stages = list_upstream(load_pipeline(), selected)
         stage_jobs = _build_jobs(stages or [], data, parameter or [], params, run_id)
         display = RunDisplay(console, verbose, as_json)
-        if backend:
-            from runner.backends.ray import run_on_ray
-
-            stage_runs = run_on_ray(target, stage_jobs, display, get_library_hooks(), jobs, force)
-        else:
-            stage_runs = _run_with_leases(target, stage_jobs, display, jobs, force, wait)
+        options = RunOptions(jobs, force, wait)
+        stage_runs = run_stages(target, stage_jobs, display, get_library_hooks(), options)
     if as_json:
         return print(
             json.dumps([vars(stage_run) for stage_run in stage_runs], default=str, indent=2)
@@ -168,9 +148,8 @@ def ingest(
             )
             display = RunDisplay(console, verbose, as_json)
             try:
-                stage_runs = _run_with_leases(
-                    target, stage_jobs, display, 1, force=due, wait=0 if due else None
-                )
+                options = RunOptions(1, force=due, wait=0 if due else None)
+                stage_runs = run_locally(target, stage_jobs, display, get_library_hooks(), options)
             except LeaseError as err:
                 if not due:
                     raise
@@ -274,13 +253,11 @@ def sweep(
         )
         stage_jobs = [Job(selected, resolved, run_id) for run_id, (_, resolved) in trials.items()]
         display = RunDisplay(console, verbose, as_json)
+        # trials run one by one unless the pipeline declares `sweep` parameters for them
+        options = RunOptions(jobs if selected.sweep else 1, force, wait)
+        failure: StageError | None = None
         try:
-            # trials run one by one unless the pipeline declares `sweep` parameters for them
-            limit = jobs if selected.sweep else 1
-            stage_runs, failure = (
-                _run_with_leases(target, stage_jobs, display, limit, force, wait),
-                None,
-            )
+            stage_runs = run_locally(target, stage_jobs, display, get_library_hooks(), options)
         except StageError as err:
             stage_runs, failure = err.stage_runs, err
         varied = {run_id: values for run_id, (values, _) in trials.items()}
