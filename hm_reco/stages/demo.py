@@ -11,9 +11,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
-from ..data.processing import process
-
 from ..data.history import HISTORY_TABLES, load_history
+from ..data.processing import process
 from ..data.synthetic import write_synthetic
 from ..lake.storage import Lake, open_lake
 from ..lake.tables import get_table_version

@@ -8,9 +8,9 @@ __all__ = ['list_top_weeks']
 # %% ../../nbs/stages/20_processing.ipynb #f9757a24
 import pandas as pd
 import polars as pl
-from ..data.processing import PURCHASES, process
 
 from ..data.changes import RAW_TABLES, detect_changes
+from ..data.processing import PURCHASES, process
 from ..lake.published import build_lineage_table, write_manifest
 from ..lake.storage import Lake, open_lake
 from ..lake.tables import get_table_version, scan
