@@ -68,6 +68,21 @@ NEARBY = CandidateSource(
     "sells well",
 )
 '''
+SECTION = """#| export
+import polars as pl
+
+from hm_reco.reporting.section import DataReportInputs, Section, SectionBuilder, Table, to_records
+
+
+def _build(data: DataReportInputs) -> Section:
+    units = data.purchases.group_by("channel").agg(pl.col("units").sum()).sort("channel").collect()
+    findings = [f"{units['units'].sum()} units in {units.height} channels."]
+    figures = {"units": to_records(units)}
+    return Section(name="channels", title="Channels", findings=findings, figures=figures)
+
+
+CHANNELS = SectionBuilder("channels", _build, [Table("units", "Units by channel")])
+"""
 CHECK = """
 import json, sys
 from datetime import timedelta
@@ -108,6 +123,40 @@ print(json.dumps({
 """
 
 
+CHECK_REPORT_AND_FILTER = """
+import json
+from datetime import date
+
+import numpy as np
+
+from hm_reco.api.catalogue import FILTERS, load_catalogue
+from hm_reco.api.schemas import Filters
+from hm_reco.data.history import load_history
+from hm_reco.registry.bundle import Bundle
+from hm_reco.reporting.data_sections import DATA_SECTIONS, build_data_report
+from hm_reco.reporting.section import render_section
+from hm_reco.serving.recommender import build_recommender
+from hm_reco.stages.demo import demo_lake
+
+lake = demo_lake("processing", 100)
+report = build_data_report(lake, "r1", "", date(2020, 9, 24))
+section = next(section for section in report.sections if section.name == "channels")
+history = load_history(lake)
+bundle = Bundle("v1", "popular, 28 days", history.day, None, {}, {})
+recommender = build_recommender(history, bundle)
+catalogue = load_catalogue(lake, recommender)
+kind = catalogue.articles["kind"].drop_nulls()[0]
+by_kind = next(item for item in FILTERS if item.field == "kinds")
+mask = by_kind.match(catalogue, recommender, Filters(kinds=[kind]).kinds)
+print(json.dumps({
+    "names": [item.name for item in DATA_SECTIONS],
+    "html": render_section(DATA_SECTIONS[-1], section).data,
+    "kinds": catalogue.articles["kind"].filter(mask).unique().to_list() == [kind],
+    "restricts": bool(0 < mask.sum() < np.size(mask)),
+}))
+"""
+
+
 def edit_notebook(path: Path, changes: dict[str, str]) -> None:
     """Replace texts in the code cells of a notebook; each occurs."""
     notebook = nbformat.read(path, as_version=4)
@@ -120,7 +169,7 @@ def edit_notebook(path: Path, changes: dict[str, str]) -> None:
 
 @pytest.fixture(scope="module")
 def extended_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project with one more source, feature and metric."""
+    """A copy of the project with one more of each."""
     root = tmp_path_factory.mktemp("extended")
     for name in COPIED_PATHS:
         if (ROOT / name).is_dir():
@@ -130,6 +179,8 @@ def extended_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     add_source(root / "nbs/retrieval")
     add_feature(root / "nbs/ranking/03_customer_features.ipynb")
     add_metric(root / "nbs/ranking/00_metrics.ipynb")
+    add_section(root / "nbs/reporting")
+    add_filter(root / "nbs/api")
     run_in(root, str(BIN / "nbdev-export"))
     return root
 
@@ -177,6 +228,41 @@ def add_metric(notebook: Path) -> None:
     )
 
 
+def add_section(folder: Path) -> None:
+    """Two files: a notebook of its own, and the list."""
+    cells = [
+        nbformat.v4.new_markdown_cell("# Channels\n\n> Reports the units by channel."),
+        nbformat.v4.new_code_cell("#| default_exp reporting.channels"),
+        nbformat.v4.new_code_cell(SECTION),
+    ]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "08_channels.ipynb")
+    edit_notebook(
+        folder / "12_data_sections.ipynb",
+        {
+            "import CUSTOMERS": "import CUSTOMERS\nfrom hm_reco.reporting.channels import CHANNELS",
+            "    DRIFT,\n)": "    DRIFT,\n    CHANNELS,\n)",
+        },
+    )
+
+
+def add_filter(folder: Path) -> None:
+    """Two files: the field of the request, and the list."""
+    edit_notebook(
+        folder / "00_schemas.ipynb",
+        {
+            "    price: Price | None = None": "    kinds: list[Term] = "
+            "Field(default_factory=list, max_length=50)\n    price: Price | None = None"
+        },
+    )
+    edit_notebook(
+        folder / "01_catalogue.ipynb",
+        {
+            '    TermFilter("colours", "colour"),': '    TermFilter("colours", "colour"),\n'
+            '    TermFilter("kinds", "kind"),'
+        },
+    )
+
+
 def run_in(root: Path, *command: str) -> str:
     """Run a command with the copy's code, without compiling, and return its output."""
     result = subprocess.run(
@@ -205,3 +291,10 @@ def test_source_feature_and_metric_follow_from_their_lists(extended_project, tmp
 def test_new_metric_is_a_value_of_the_training_parameter(extended_project):
     command = [str(BIN / "hm"), "plan", "training", "-p", "metric=precision@4"]
     assert "training" in run_in(extended_project, *command)
+
+
+def test_section_and_filter_follow_from_their_lists(extended_project):
+    result = json.loads(run_in(extended_project, sys.executable, "-c", CHECK_REPORT_AND_FILTER))
+    assert result["names"][-1] == "channels"
+    assert "<h3>Channels</h3>" in result["html"] and "Units by channel" in result["html"]
+    assert result["kinds"] and result["restricts"]
