@@ -15,13 +15,8 @@ import torch
 from torch import Tensor
 
 from hm_reco.data.history import History, generate_history
-from hm_reco.retrieval.two_tower import (
-    TowerTrainer,
-    TwoTower,
-    TwoTowerSettings,
-    build_interactions,
-    build_vocabulary,
-)
+from hm_reco.retrieval.tower_training import TowerTrainer, build_interactions
+from hm_reco.retrieval.two_tower import TwoTower, TwoTowerSettings, build_vocabulary
 
 PURCHASES = 31_788_324  # of H&M's two years: one pass through all of them
 FLOAT = 4  # bytes

@@ -41,13 +41,8 @@ from hm_reco.ranking.validation import ValidationSet, build_validation_set
 from hm_reco.ranking.weeks import build_training_matrix, build_week
 from hm_reco.registry.training_run import build_training_backend
 from hm_reco.retrieval.article_stats import aggregate_sales
-from hm_reco.retrieval.two_tower import (
-    TwoTower,
-    TwoTowerSettings,
-    build_vocabulary,
-    fit_until,
-    to_bytes,
-)
+from hm_reco.retrieval.tower_training import fit_until
+from hm_reco.retrieval.two_tower import TwoTower, TwoTowerSettings, build_vocabulary, to_bytes
 from hm_reco.serving.batch import predict_all
 from hm_reco.serving.recommender import Recommender
 from hm_reco.stages.ingestion import ingest

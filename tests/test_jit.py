@@ -16,7 +16,8 @@ from hm_reco.ranking.rankers import train
 from hm_reco.ranking.validation import build_validation_set
 from hm_reco.ranking.weeks import build_training_matrix, build_week
 from hm_reco.retrieval import candidates
-from hm_reco.retrieval.two_tower import TwoTower, TwoTowerSettings, build_vocabulary, fit_until
+from hm_reco.retrieval.tower_training import fit_until
+from hm_reco.retrieval.two_tower import TwoTower, TwoTowerSettings, build_vocabulary
 
 
 def write_results(file: Path) -> None:

@@ -16,13 +16,8 @@ from hm_reco.ranking.ranker import RankerSettings
 from hm_reco.ranking.weeks import build_week
 from hm_reco.retrieval.aggregates import compute_aggregates
 from hm_reco.retrieval.arrays import build_customer_arrays, select_purchases
-from hm_reco.retrieval.two_tower import (
-    TwoTower,
-    TwoTowerSettings,
-    build_vocabulary,
-    fit_until,
-    to_bytes,
-)
+from hm_reco.retrieval.tower_training import fit_until
+from hm_reco.retrieval.two_tower import TwoTower, TwoTowerSettings, build_vocabulary, to_bytes
 from hm_reco.serving.array_file import flatten
 
 WEEK = timedelta(days=7)

@@ -9,18 +9,17 @@ import pytest
 import torch
 
 from hm_reco.data.history import as_of, generate_history
-from hm_reco.retrieval import two_tower
+from hm_reco.retrieval import tower_training
 from hm_reco.retrieval.aggregates import compute_aggregates
 from hm_reco.retrieval.arrays import build_customer_arrays, select_purchases
 from hm_reco.retrieval.candidates import generate_candidates
+from hm_reco.retrieval.tower_training import fit_until, sampled_softmax
 from hm_reco.retrieval.two_tower import (
     TwoTower,
     TwoTowerSettings,
     build_space,
     build_vocabulary,
-    fit_until,
     from_bytes,
-    sampled_softmax,
     to_bytes,
 )
 
@@ -40,7 +39,7 @@ def model(history):
 
 
 def test_two_tower_training_resumes_from_checkpoint(history, model, monkeypatch):
-    monkeypatch.setattr(two_tower, "CHECKPOINT_STEPS", 5)
+    monkeypatch.setattr(tower_training, "CHECKPOINT_STEPS", 5)
     saved: list[bytes] = []
 
     def save(unfinished: TwoTower) -> None:

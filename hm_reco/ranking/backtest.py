@@ -39,7 +39,8 @@ from ..retrieval.article_stats import aggregate_sales
 from ..retrieval.candidate_sources import SOURCE_NAMES
 from ..retrieval.candidates import Candidates
 from ..retrieval.embeddings import EmbeddingSpace
-from ..retrieval.two_tower import TwoTower, fit_until
+from ..retrieval.tower_training import fit_until
+from ..retrieval.two_tower import TwoTower
 
 # %% ../../nbs/ranking/19_backtest.ipynb #81d458d1
 MAX_TRAINING_ROWS = 1_000_000  # candidates in training, approximately; positives always stay

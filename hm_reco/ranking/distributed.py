@@ -21,7 +21,8 @@ from ..data.history import History
 from .features import FeatureMatrix
 from .lightgbm import LightGBMRanker, to_dataset, to_lightgbm_parameters
 from .ranker import RankerSettings
-from ..retrieval.two_tower import TwoTower, fit_until, from_bytes, to_bytes
+from ..retrieval.tower_training import fit_until
+from ..retrieval.two_tower import TwoTower, from_bytes, to_bytes
 
 # %% ../../nbs/ranking/21_distributed.ipynb #fed83374
 CHECKPOINT_FILE = "tower.safetensors"
@@ -89,7 +90,7 @@ class RayTrainer:
         history: History,
         on_checkpoint: Callable[[TwoTower], object] | None = None,
     ) -> list[float]:
-        """Train as `hm_reco.retrieval.two_tower.fit_until`; call `on_checkpoint` at the end."""
+        """Train as `retrieval.tower_training.fit_until`; call `on_checkpoint` at the end."""
         from ray.train.torch import TorchTrainer
 
         ray = connect(self.address)
