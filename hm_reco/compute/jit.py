@@ -19,14 +19,29 @@ from typing import Any, TypeVar
 import numpy as np
 from numba import config, njit
 
+# %% ../../nbs/compute/02_jit.ipynb #d44c82ce
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def jit(
+    function: F,  # loops over arrays and numbers
+) -> F:  # compiled at its first call with new argument types
+    """Compile a function; it runs without Python's global lock."""
+    use_cache = function.__module__ != "__main__"
+    return njit(nogil=True, error_model="numpy", cache=use_cache)(function)  # type: ignore[return-value]
+
+# %% ../../nbs/compute/02_jit.ipynb #43cb479d
 from ..lake.fingerprint import PACKAGE_ROOT, fingerprint_modules
+
+
+def _name_cache_folder() -> str:
+    """Return a name that changes with the code of all compiled functions."""
+    return f"numba-{fingerprint_modules('hm_reco.ranking.features')}"
 
 # %% ../../nbs/compute/02_jit.ipynb #74bfdd5a
 def _get_cache_folder() -> str:
     """Return the cache folder in the package, or a copy of it for this process."""
-    package_cache = (
-        PACKAGE_ROOT / "__pycache__" / f"numba-{fingerprint_modules('hm_reco.ranking.features')}"
-    )
+    package_cache = PACKAGE_ROOT / "__pycache__" / _name_cache_folder()
     if os.access(PACKAGE_ROOT, os.W_OK):
         return str(package_cache)
     folder = mkdtemp(prefix="hm-numba-")
@@ -35,27 +50,18 @@ def _get_cache_folder() -> str:
         shutil.copytree(package_cache, folder, dirs_exist_ok=True)
     return folder
 
-
+# %% ../../nbs/compute/02_jit.ipynb #d983d11c
 if not config.CACHE_DIR:  # type: ignore[attr-defined]
     config.CACHE_DIR = _get_cache_folder()  # type: ignore[attr-defined]
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def jit(function: F) -> F:
-    """Compile a function; it runs without Python's global lock."""
-    use_cache = function.__module__ != "__main__"
-    return njit(nogil=True, error_model="numpy", cache=use_cache)(function)  # type: ignore[return-value]
 
 # %% ../../nbs/compute/02_jit.ipynb #3b9925cf
 T = TypeVar("T")
 
 
-def as_readonly(values: T) -> T:
-    """Return read-only views, in C order, of the arrays in a tuple (of tuples).
-
-    Other values stay as they are. Arrays in another order are copied.
-    """
+def as_readonly(
+    values: T,  # an array, or a tuple (of tuples) with arrays; other values stay as they are
+) -> T:  # views; arrays in another order than C are copied
+    """Return read-only views, in C order, of the arrays in a tuple."""
     readonly: Any = values
     if isinstance(values, np.ndarray):
         readonly = np.ascontiguousarray(values).view()
@@ -65,29 +71,34 @@ def as_readonly(values: T) -> T:
         readonly = values._make(parts) if hasattr(values, "_make") else tuple(parts)
     return readonly
 
-# %% ../../nbs/compute/02_jit.ipynb #cccf35ca
+# %% ../../nbs/compute/02_jit.ipynb #6aaf332a
 MIN_ROWS_PER_TASK, MAX_ROWS_PER_TASK = 10, 250  # customers per task
 N_THREADS = config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+
+
+def _split_rows(n_rows: int) -> list[slice]:
+    """Split rows into consecutive slices, one or more for each thread if there are enough."""
+    rows_per_task = min(max(-(-n_rows // N_THREADS), MIN_ROWS_PER_TASK), MAX_ROWS_PER_TASK)
+    starts = range(0, n_rows, rows_per_task)
+    return [slice(start, min(start + rows_per_task, n_rows)) for start in starts]
+
+# %% ../../nbs/compute/02_jit.ipynb #cccf35ca
 _thread_state = threading.local()
 
 
 @cache
 def _get_pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(
-        N_THREADS, initializer=setattr, initargs=(_thread_state, "busy", True)
-    )
+    """Return the threads of this process; each is marked as busy."""
+    initargs = (_thread_state, "busy", True)
+    return ThreadPoolExecutor(N_THREADS, initializer=setattr, initargs=initargs)
 
-
-def parallel_map(task: Callable[[slice], tuple[np.ndarray, ...]], n_rows: int) -> list[np.ndarray]:
-    """Call `task` for slices of `n_rows` rows in threads; return its arrays, concatenated.
-
-    A nested call within a `task` runs in the same thread.
-    """
-    rows_per_task = min(max(-(-n_rows // N_THREADS), MIN_ROWS_PER_TASK), MAX_ROWS_PER_TASK)
-    if rows_per_task >= n_rows or hasattr(_thread_state, "busy"):
+# %% ../../nbs/compute/02_jit.ipynb #f50186a9
+def parallel_map(
+    task: Callable[[slice], tuple[np.ndarray, ...]],  # arrays with a row for each of the slice
+    n_rows: int,
+) -> list[np.ndarray]:  # with `n_rows` rows each
+    """Call `task` for slices of the rows in threads; return its arrays, concatenated."""
+    slices = _split_rows(n_rows)
+    if len(slices) <= 1 or hasattr(_thread_state, "busy"):
         return list(task(slice(0, n_rows)))
-    blocks = [
-        slice(start, min(start + rows_per_task, n_rows))
-        for start in range(0, n_rows, rows_per_task)
-    ]
-    return [np.concatenate(columns) for columns in zip(*_get_pool().map(task, blocks), strict=True)]
+    return [np.concatenate(columns) for columns in zip(*_get_pool().map(task, slices), strict=True)]

@@ -21,61 +21,64 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 # %% ../../nbs/compute/01_shards.ipynb #660c8af4
-def compute_shard(customer: pl.Expr, shards: int) -> pl.Expr:
-    """Return the shard, 0 to `shards` - 1, of a customer's internal id."""
+def compute_shard(
+    customer: pl.Expr,  # internal id, from 0
+    shards: int,  # number of shards
+) -> pl.Expr:  # int32, 0 to `shards` - 1
+    """Return the shard of a customer."""
     return (customer % shards).cast(pl.Int32)
+
+# %% ../../nbs/compute/01_shards.ipynb #280813be
+def _map_in_threads(function: Callable[[T], R], items: Iterable[T], concurrency: int) -> list[R]:
+    """Return `function(item)` for each item, in order; read an item only when a thread is free."""
+    running, results = deque[Future[R]](), list[R]()
+    with ThreadPoolExecutor(concurrency) as pool:
+        for item in items:
+            if len(running) == concurrency:
+                results.append(running.popleft().result())
+            running.append(pool.submit(function, item))
+    return results + [future.result() for future in running]
 
 # %% ../../nbs/compute/01_shards.ipynb #fca0543c
 def map_shards(
     function: Callable[[T], R],
-    shards: Iterable[T],
-    name: str = "shards",
-    concurrency: int = 1,
-    total: int | None = None,
-) -> list[R]:
-    """Return `function(shard)` for each shard, in order; show progress under `name`.
-
-    Runs on the cluster at `HM_RAY_ADDRESS`, if it is set; else in this process, with `concurrency`
-    threads. `shards` may be an iterator (of `total` items); it is read as needed.
-    """
+    shards: Iterable[T],  # numbers, for example; an iterator is read as needed
+    name: str = "shards",  # label of the progress
+    concurrency: int = 1,  # threads, where there is no cluster
+    total: int | None = None,  # number of shards, if they have no length
+) -> list[R]:  # in order of the shards
+    """Return `function(shard)` for each shard, on the cluster at `HM_RAY_ADDRESS` if it is set."""
     tracked = track(shards, name, total)
     if address := Settings().ray_address:
         return ray_map(address, function, tracked)
     if concurrency == 1:
         return [function(shard) for shard in tracked]
-    running, results = deque[Future[R]](), list[R]()
-    with ThreadPoolExecutor(concurrency) as pool:
-        for shard in tracked:
-            if len(running) == concurrency:
-                results.append(running.popleft().result())
-            running.append(pool.submit(function, shard))
-    return results + [future.result() for future in running]
+    return _map_in_threads(function, tracked, concurrency)
 
 # %% ../../nbs/compute/01_shards.ipynb #9857fdb0
 def reduce_shards(
     function: Callable[[T], R],
-    add: Callable[[R, R], R],
-    shards: Sequence[T],
-    name: str = "shards",
+    add: Callable[[R, R], R],  # the result may not depend on the order
+    shards: Sequence[T],  # at least one
+    name: str = "shards",  # label of the progress
 ) -> R:
-    """Add up `function(shard)` of all shards, at least one, in any order.
-
-    Runs as a tree on the cluster at `HM_RAY_ADDRESS`, if it is set.
-    """
+    """Add up `function(shard)` of all shards, on the cluster at `HM_RAY_ADDRESS` if it is set."""
     if address := Settings().ray_address:
         return ray_reduce(address, function, add, track(shards, name))
-    first, *rest = shards
+    first, *remaining = shards
     total = function(first)
-    for shard in track(rest, name):
+    for shard in track(remaining, name):
         total = add(total, function(shard))
     return total
 
 # %% ../../nbs/compute/01_shards.ipynb #fd50cf94
-def run_iterative(step: Callable[[Any], tuple[Any, Any]], tasks: Iterable[IterativeTask]) -> None:
-    """Run each task: `step(state)` returns the next state and a message for `on_result`.
+def run_iterative(
+    step: Callable[[Any], tuple[Any, Any]],  # from a state to the next one and a message
+    tasks: Iterable[IterativeTask],  # a task is read only when it can start
+) -> None:
+    """Run the steps of each task until its `on_result` returns False.
 
-    Tasks run one after another, or on a cluster at most one per core at a time. A task is read
-    from `tasks` only when it can start.
+    Tasks run one after another, or on a cluster at most one per core at a time.
     """
     if address := Settings().ray_address:
         return run_iterative_on(address, step, tasks)

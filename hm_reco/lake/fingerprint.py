@@ -20,14 +20,9 @@ from pathlib import Path
 from subprocess import run
 from typing import Any
 
-_spec = find_spec("hm_reco.lake.settings")
-assert _spec and _spec.origin
-PACKAGE_ROOT = Path(_spec.origin).parents[1]  # the installed package hm_reco
-STAGES_PACKAGE = "hm_reco.stages"  # skipped: stages do not depend on each other or on demo lakes
-
-
-def hash_text(text: str) -> str:
-    """Hash a text; returns 16 hexadecimal digits."""
+# %% ../../nbs/lake/07_fingerprint.ipynb #d0956c96
+def hash_text(text: str) -> str:  # 16 hexadecimal digits
+    """Hash a text."""
     return sha256(text.encode()).hexdigest()[:16]
 
 # %% ../../nbs/lake/07_fingerprint.ipynb #a2bc409e
@@ -41,6 +36,11 @@ def _iter_imports(source: str, package: str) -> Iterator[str]:
             base = resolve_name(name, package) if node.level else name
             yield from (base, *(f"{base}.{alias.name}" for alias in node.names))
 
+# %% ../../nbs/lake/07_fingerprint.ipynb #50b7ebad
+_spec = find_spec("hm_reco.lake.settings")
+assert _spec and _spec.origin
+PACKAGE_ROOT = Path(_spec.origin).parents[1]  # the installed package hm_reco
+
 # %% ../../nbs/lake/07_fingerprint.ipynb #50038fb2
 @cache
 def _hash_module(name: str) -> tuple[str, frozenset[str]] | None:
@@ -51,6 +51,9 @@ def _hash_module(name: str) -> tuple[str, frozenset[str]] | None:
     source = path.read_text(encoding="utf-8")
     return hash_text(source), frozenset(_iter_imports(source, name.rpartition(".")[0]))
 
+# %% ../../nbs/lake/07_fingerprint.ipynb #48653e68
+STAGES_PACKAGE = "hm_reco.stages"  # skipped: stages do not depend on each other or on demo lakes
+
 
 def _hash_library(names: Iterable[str]) -> dict[str, str]:
     """Hash the named modules and all modules that they import."""
@@ -60,66 +63,88 @@ def _hash_library(names: Iterable[str]) -> dict[str, str]:
         name = pending.pop()
         if name not in hashes and (module := _hash_module(name)):
             hashes[name] = module[0]
-            pending += (
-                import_name
-                for import_name in module[1]
-                if not import_name.startswith(STAGES_PACKAGE)
-            )
+            pending += (name for name in module[1] if not name.startswith(STAGES_PACKAGE))
     return dict(sorted(hashes.items()))
 
 # %% ../../nbs/lake/07_fingerprint.ipynb #7b6b3c9e
-def fingerprint_modules(*names: str) -> str:
+def fingerprint_modules(*names: str) -> str:  # such as hm_reco.lake.tables
     """Hash library modules together with all modules that they import."""
     return hash_text(json.dumps(_hash_library(names)))
 
 # %% ../../nbs/lake/07_fingerprint.ipynb #093d608a
 @cache
 def _read_cells(notebook: Path) -> list[tuple[str, str]]:
+    """Return the type and the source of each cell; a file is read once per process."""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     return [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
 
-
+# %% ../../nbs/lake/07_fingerprint.ipynb #049ae953
 def _iter_notebook_imports(cells: Sequence[tuple[str, str]]) -> Iterator[str]:
+    """Iterate over the modules that the cells import."""
     for cell_type, source in cells:
         if cell_type == "code" and "hm_reco" in source:
             try:
                 yield from _iter_imports(source, "")
-            except SyntaxError:  # a cell with %magic or !command
+            except SyntaxError:
                 from IPython.core.inputtransformer2 import TransformerManager
 
                 yield from _iter_imports(TransformerManager().transform_cell(source), "")
 
 # %% ../../nbs/lake/07_fingerprint.ipynb #df04cddb
-def fingerprint_notebook(notebook: Path) -> dict[str, Any]:
-    """Hash a notebook's cells (`notebook`) and the modules it needs (`library`, by name).
-
-    Outputs are ignored. A module is read once per process.
-    """
+def fingerprint_notebook(
+    notebook: Path,  # its outputs do not count
+) -> dict[str, Any]:  # `notebook`: a hash; `library`: a hash by module
+    """Hash a notebook's cells and the modules it needs. A module is read once per process."""
     cells = _read_cells(notebook)
-    library = _hash_library(
-        n for n in _iter_notebook_imports(cells) if not n.startswith(STAGES_PACKAGE)
-    )
+    imports = _iter_notebook_imports(cells)
+    library = _hash_library(name for name in imports if not name.startswith(STAGES_PACKAGE))
     return {"notebook": hash_text(json.dumps(cells)), "library": library}
 
+# %% ../../nbs/lake/07_fingerprint.ipynb #8a66e53a
+def _find_source(module: Path) -> str | None:
+    """Return the notebook that a module was exported from, as its first lines name it."""
+    text = module.read_text(encoding="utf-8")
+    match = re.search(r"File to edit: (?:\.\./)*(nbs/\S+\.ipynb)", text)
+    return match[1] if match else None
+
 # %% ../../nbs/lake/07_fingerprint.ipynb #fb72c0a1
-def find_unsynced_modules(root: Path) -> dict[str, str]:
+def find_unsynced_modules(
+    root: Path,  # of the checkout
+) -> dict[str, str]:  # notebook by module
     """Return the modules that changed since the last commit while their notebooks did not."""
     command = ["git", "-C", str(root), "diff", "--name-only", "HEAD", "--", "hm_reco", "nbs"]
     changed = run(command, check=True, capture_output=True, text=True).stdout.split()
-    unsynced = {}
-    for module in (name for name in changed if name.endswith(".py") and (root / name).is_file()):
-        text = (root / module).read_text(encoding="utf-8")
-        source = re.search(r"File to edit: (?:\.\./)*(nbs/\S+\.ipynb)", text)
-        if source and source[1] not in changed:
-            unsynced[module] = source[1]
-    return unsynced
+    modules = (name for name in changed if name.endswith(".py") and (root / name).is_file())
+    sources = {module: _find_source(root / module) for module in modules}
+    return {
+        module: source for module, source in sources.items() if source and source not in changed
+    }
+
+# %% ../../nbs/lake/07_fingerprint.ipynb #cd8b18b2
+def _describe_checkout(root: Path, *options: str) -> str:
+    """Return the output of `git describe`, or an empty text without git."""
+    command = ["git", "-C", str(root), "describe", *options]
+    try:
+        result = run(command, capture_output=True, check=False)
+    except FileNotFoundError:  # git is not installed
+        return ""
+    return result.stdout.decode().strip()
+
+# %% ../../nbs/lake/07_fingerprint.ipynb #58904e0c
+def _read_project_version(root: Path) -> str:
+    """Return the version in pyproject.toml, or without it that of the installed package."""
+    project_file = root / "pyproject.toml"
+    text = project_file.read_text() if project_file.is_file() else ""
+    match = re.search(r'^version = "(.+)"$', text, re.M)
+    return match[1] if match else version("hm-reco")
 
 # %% ../../nbs/lake/07_fingerprint.ipynb #fe2d4f78
-def get_package_version(root: Path) -> str:
-    """Return the version of the last tag and the commits since: `0.2.0+12.g3f2a91c`.
+def get_package_version(
+    root: Path,  # of the checkout; an image has none, but the variable `HM_VERSION`
+) -> str:  # 0.2.0+12.g3f2a91c
+    """Return the version of the last tag and the commits since.
 
-    `HM_VERSION` overrides it (in an image). Without a tag: the version in pyproject.toml and the
-    commit.
+    Without a tag: the version in pyproject.toml and the commit.
     """
     if declared := os.environ.get("HM_VERSION"):
         return declared
@@ -127,24 +152,5 @@ def get_package_version(root: Path) -> str:
     if tag:
         commits, _, sha = suffix.partition("-")
         return tag.removeprefix("v") + (f"+{commits}.{sha}" if commits != "0" else "")
-    project_file = root / "pyproject.toml"
-    project_version = (
-        re.search(r'^version = "(.+)"$', project_file.read_text(), re.M)
-        if project_file.is_file()
-        else None
-    )
     commit = _describe_checkout(root, "--always", "--exclude=*", "--abbrev=7")
-    return (project_version[1] if project_version else version("hm-reco")) + (
-        f"+g{commit}" if commit else ""
-    )
-
-
-def _describe_checkout(root: Path, *options: str) -> str:
-    """Return the output of `git describe`, or an empty text without git."""
-    try:
-        result = run(
-            ["git", "-C", str(root), "describe", *options], capture_output=True, check=False
-        )
-    except FileNotFoundError:  # git is not installed
-        return ""
-    return result.stdout.decode().strip()
+    return _read_project_version(root) + (f"+g{commit}" if commit else "")

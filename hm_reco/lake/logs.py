@@ -12,20 +12,27 @@ import logging
 from datetime import UTC, datetime
 from typing import Any
 
+# %% ../../nbs/lake/09_logs.ipynb #b4bcdfcb
+def _describe_record(record: logging.LogRecord) -> dict[str, Any]:
+    """Return the fields that each line has."""
+    created = datetime.fromtimestamp(record.created, UTC)
+    return {
+        "time": created.isoformat(timespec="milliseconds"),
+        "level": record.levelname,
+        "logger": record.name,
+        "message": record.getMessage(),
+    }
+
+# %% ../../nbs/lake/09_logs.ipynb #432c4bd1
 REQUEST_ID: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")
 
 # %% ../../nbs/lake/09_logs.ipynb #3a3cf487
 class JsonLines(logging.Formatter):
     """A formatter that writes log records as JSON with their request id."""
 
-    def format(self, record: logging.LogRecord) -> str:
+    def format(self, record: logging.LogRecord) -> str:  # without a line break
         """Format a record as one line of JSON."""
-        line: dict[str, Any] = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname,
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
+        line = _describe_record(record)
         if request_id := REQUEST_ID.get():
             line["request_id"] = request_id
         line |= getattr(record, "context", {})
@@ -34,8 +41,10 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 # %% ../../nbs/lake/09_logs.ipynb #be770568
-def build_log_config(level: str) -> dict[str, Any]:
-    """Build a `logging.config` dictionary: hm_reco and uvicorn log from `level` on, to stderr."""
+def build_log_config(
+    level: str,  # DEBUG, INFO, WARNING or ERROR: of hm_reco and uvicorn
+) -> dict[str, Any]:
+    """Build a `logging.config` dictionary; all loggers write to stderr."""
     return {
         "version": 1,
         "disable_existing_loggers": False,

@@ -19,28 +19,49 @@ from .storage import Lake, LakePath, write_file
 from .tables import has_table, list_table_names, open_table, scan
 
 # %% ../../nbs/lake/06_maintenance.ipynb #ab57bdea
-def describe_tables(lake: Lake) -> list[dict[str, Any]]:
-    """Describe every visible table: `table`, `version`, `versions` (all commits), `rows`, `mb`."""
-    rows = []
-    for name in (name for name in list_table_names(lake) if has_table(lake, name)):
-        table = open_table(lake, name)
-        files = pl.DataFrame(table.get_add_actions(flatten=True))
-        latest_version = DeltaTable(table.table_uri, storage_options=lake.options or None).version()
-        row = {"table": name, "version": table.version(), "versions": latest_version + 1}
-        row |= {"rows": int(files["num_records"].sum())}
-        rows.append(row | {"mb": round(int(files["size_bytes"].sum()) / 1e6, 2)})
-    return rows
+def _describe_table(lake: Lake, name: str) -> dict[str, Any]:
+    table = open_table(lake, name)
+    files = pl.DataFrame(table.get_add_actions(flatten=True))
+    latest_version = DeltaTable(table.table_uri, storage_options=lake.options or None).version()
+    row = {"table": name, "version": table.version(), "versions": latest_version + 1}
+    row |= {"rows": int(files["num_records"].sum())}
+    return row | {"mb": round(int(files["size_bytes"].sum()) / 1e6, 2)}
+
+# %% ../../nbs/lake/06_maintenance.ipynb #83b807c4
+def describe_tables(
+    lake: Lake,  # invisible tables are left out
+) -> list[dict[str, Any]]:  # `table`, `version`, `versions` (all commits), `rows`, `mb`
+    """Describe every visible table."""
+    return [_describe_table(lake, name) for name in list_table_names(lake) if has_table(lake, name)]
 
 # %% ../../nbs/lake/06_maintenance.ipynb #40be3743
 PIN, REGISTRY = "pin", "artifacts/registry"
 
 
-def pin_run(lake: Lake, run_id: str) -> None:
+def pin_run(lake: Lake, run_id: str) -> None:  # writes a file next to the manifests
     """Pin a run, so that its versions are never removed; raises `LookupError` if it is missing."""
     folder = lake.path("runs", run_id)
     if not run_id or not any(folder.glob("*.json")):
         raise LookupError(f"lake {lake.root!r} has no run {run_id!r}; hm runs lists them")
     write_file(folder / PIN, "")
+
+# %% ../../nbs/lake/06_maintenance.ipynb #489c364d
+def _is_retained(run: LakePath, pinned_runs: Iterable[str], since: datetime) -> bool:
+    """Return whether a run's folder is pinned, or of a run that started since a time."""
+    run_file = run / "run.json"
+    if run.name in pinned_runs or (run / PIN).exists():
+        return True
+    started = json.loads(run_file.read_text())["started"] if run_file.exists() else None
+    return started is not None and datetime.fromisoformat(started) >= since
+
+# %% ../../nbs/lake/06_maintenance.ipynb #1cb2d0be
+def _iter_versions(run: LakePath) -> Iterator[Mapping[str, int]]:
+    """Iterate over the versions by table that the files of a run name."""
+    for path in run.glob("*.json"):
+        content = json.loads(path.read_text())
+        yield content.get("inputs", {})
+        yield content.get("outputs", {})
+        yield from content.get("published", {}).values()
 
 # %% ../../nbs/lake/06_maintenance.ipynb #3757ad01
 def _iter_registered(lake: Lake) -> Iterator[tuple[str, Mapping[str, int]]]:
@@ -49,40 +70,42 @@ def _iter_registered(lake: Lake) -> Iterator[tuple[str, Mapping[str, int]]]:
         for row in scan(lake, REGISTRY).collect().to_dicts():
             yield row["run_id"], json.loads(row.get("tables") or "{}")
 
-# %% ../../nbs/lake/06_maintenance.ipynb #489c364d
-def _is_retained(run: LakePath, pinned_runs: Iterable[str], since: datetime) -> bool:
-    run_file = run / "run.json"
-    if run.name in pinned_runs or (run / PIN).exists():
-        return True
-    started = json.loads(run_file.read_text())["started"] if run_file.exists() else None
-    return started is not None and datetime.fromisoformat(started) >= since
-
 # %% ../../nbs/lake/06_maintenance.ipynb #53511c59
-def get_retained_versions(lake: Lake, since: datetime) -> dict[str, set[int]]:
-    """Return, by table, the versions that registered models and retained runs refer to."""
+def get_retained_versions(
+    lake: Lake,
+    since: datetime,  # with time zone; runs that started later are retained
+) -> dict[str, set[int]]:  # versions by table
+    """Return the versions that registered models and retained runs refer to."""
     models = list(_iter_registered(lake))
-    retained: dict[str, set[int]] = {}
     version_maps = [tables for _, tables in models]
     registered_runs = {run for run, _ in models}
     for run in {path.parent for path in lake.path("runs").glob("*/*.json")}:
         if _is_retained(run, registered_runs, since):
-            for path in run.glob("*.json"):
-                content = json.loads(path.read_text())
-                version_maps += [content.get("inputs", {}), content.get("outputs", {})]
-                version_maps += content.get("published", {}).values()
+            version_maps += _iter_versions(run)
+    retained: dict[str, set[int]] = {}
     for name, version in (pair for tables in version_maps for pair in tables.items()):
         retained.setdefault(name, set()).add(version)
     return retained
 
 # %% ../../nbs/lake/06_maintenance.ipynb #49e238ae
+def _list_kept_versions(lake: Lake, table: DeltaTable, name: str, retained: set[int]) -> list[int]:
+    """List the versions of a table whose files must stay."""
+    needed = retained | {table.version()}
+    needed |= {open_table(lake, name).version()} if has_table(lake, name) else set()
+    return sorted(version for version in needed if version <= table.version())
+
+# %% ../../nbs/lake/06_maintenance.ipynb #64bfe19e
 COMPACT_MIN_FILES = 50  # files of the table of runs
 
 
-def vacuum(lake: Lake, retention_days: float, dry_run: bool = False) -> dict[str, int]:
-    """Remove files that only versions older than `retention_days` need; returns counts by table.
+def vacuum(
+    lake: Lake,  # the caller must hold the leases of all stages
+    retention_days: float,  # versions and runs of these days are kept
+    dry_run: bool = False,  # only count
+) -> dict[str, int]:  # removed files by table
+    """Remove files that only old versions need.
 
-    Keeps visible versions and those that registered models and retained runs refer to. The caller
-    must hold the leases of all stages.
+    Keeps visible versions and those that registered models and retained runs refer to.
     """
     retained = get_retained_versions(lake, datetime.now(UTC) - timedelta(days=retention_days))
     removed = {}
@@ -90,10 +113,7 @@ def vacuum(lake: Lake, retention_days: float, dry_run: bool = False) -> dict[str
         table = DeltaTable(lake.uri(name), storage_options=lake.options or None)
         if name == RUNS and not dry_run and len(table.file_uris()) >= COMPACT_MIN_FILES:
             table.optimize.compact()
-        needed = retained.get(name, set()) | {table.version()}
-        needed |= {open_table(lake, name).version()} if has_table(lake, name) else set()
-        keep_versions = sorted(version for version in needed if version <= table.version())
+        needed = _list_kept_versions(lake, table, name, retained.get(name, set()))
         hours = int(retention_days * 24)
-        files = table.vacuum(hours, dry_run, False, full=True, keep_versions=keep_versions)
-        removed[name] = len(files)
+        removed[name] = len(table.vacuum(hours, dry_run, False, full=True, keep_versions=needed))
     return removed
