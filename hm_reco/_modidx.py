@@ -2424,7 +2424,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'hm_reco/serving/snapshot.py'),
                                           'hm_reco.serving.snapshot.save_snapshot': ( 'serving/snapshot.html#save_snapshot',
                                                                                       'hm_reco/serving/snapshot.py')},
-            'hm_reco.stages.demo': { 'hm_reco.stages.demo._folder': ('stages/demo.html#_folder', 'hm_reco/stages/demo.py'),
+            'hm_reco.stages.demo': { 'hm_reco.stages.demo._get_folder': ('stages/demo.html#_get_folder', 'hm_reco/stages/demo.py'),
                                      'hm_reco.stages.demo._train': ('stages/demo.html#_train', 'hm_reco/stages/demo.py'),
                                      'hm_reco.stages.demo.demo_lake': ('stages/demo.html#demo_lake', 'hm_reco/stages/demo.py')},
             'hm_reco.stages.eda': {'hm_reco.stages.eda.build_metrics': ('stages/eda.html#build_metrics', 'hm_reco/stages/eda.py')},

@@ -24,16 +24,28 @@ from .ingestion import ingest
 
 # %% ../../nbs/stages/00_demo.ipynb #a55591d5
 @cache
-def _folder() -> TemporaryDirectory[str]:
+def _get_folder() -> Path:
     """Return a folder that exists as long as the process."""
-    return TemporaryDirectory(prefix="hm-demo-")
+    _folders.append(TemporaryDirectory(prefix="hm-demo-"))
+    return Path(_folders[-1].name)
+
+
+_folders: list[TemporaryDirectory[str]] = []  # are deleted with the module
+
+# %% ../../nbs/stages/00_demo.ipynb #086c7a05
+def _train(lake: Lake) -> None:
+    history = load_history(lake)
+    plan = BacktestPlan(history.day, evaluation_weeks=2, training_weeks=4)
+    tables = {name: get_table_version(lake, name) for name in HISTORY_TABLES}
+    train_and_register(lake, history, plan, RankerSettings(), Provenance("demo", tables))
 
 # %% ../../nbs/stages/00_demo.ipynb #e9e7ad88
 def demo_lake(
-    until: Literal["ingestion", "processing", "training"], customers: int = 2_000
+    until: Literal["ingestion", "processing", "training"],  # the last stage that runs
+    customers: int = 2_000,  # size of the synthetic data set
 ) -> Lake:
     """Create a lake with the synthetic data set, and run the stages up to `until`."""
-    root = Path(_folder().name) / f"{until}-{len(list(Path(_folder().name).iterdir()))}"
+    root = _get_folder() / f"{until}-{len(list(_get_folder().iterdir()))}"
     write_synthetic(root / "source", customers)
     lake = open_lake(str(root / "lake"))
     ingest(lake, str(root / "source"))
@@ -42,10 +54,3 @@ def demo_lake(
     if until == "training":
         _train(lake)
     return lake
-
-# %% ../../nbs/stages/00_demo.ipynb #086c7a05
-def _train(lake: Lake) -> None:
-    history = load_history(lake)
-    plan = BacktestPlan(history.day, evaluation_weeks=2, training_weeks=4)
-    tables = {name: get_table_version(lake, name) for name in HISTORY_TABLES}
-    train_and_register(lake, history, plan, RankerSettings(), Provenance("demo", tables))
