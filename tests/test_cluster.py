@@ -25,6 +25,7 @@ from ray.cluster_utils import Cluster
 from hm_reco.api.model_manager import find_target, load_model
 from hm_reco.compute.cluster import ClusterError, ray_map, ray_reduce
 from hm_reco.data.history import History, generate_history, load_history
+from hm_reco.data.ingestion import ingest
 from hm_reco.data.synthetic import write_synthetic
 from hm_reco.lake.storage import open_lake
 from hm_reco.lake.tables import scan
@@ -47,7 +48,6 @@ from hm_reco.retrieval.two_tower import (
 )
 from hm_reco.serving.recommend import Recommender, predict_all
 from hm_reco.stages import processing
-from hm_reco.stages.ingestion import ingest
 from hm_reco.stages.processing import PROCESSED_TABLES, process
 from hm_reco.stages.training import build_training_backend
 from tests.conftest import find_free_port

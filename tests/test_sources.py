@@ -24,10 +24,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from hm_reco.data.contracts import get_columns
 from hm_reco.data.ingest_log import read_loads, scan_latest_rows
+from hm_reco.data.ingestion import ingest
 from hm_reco.data.sources import Source, fingerprint, parse_sources
 from hm_reco.lake.storage import Lake, open_lake
 from hm_reco.lake.tables import get_table_version, scan, write
-from hm_reco.stages.ingestion import ingest
 
 TABLES = {"articles": "articles", "customers": "customers", "transactions": "transactions_train"}
 

@@ -12,13 +12,13 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 from ..data.history import HISTORY_TABLES, load_history
+from ..data.ingestion import ingest
 from ..data.synthetic import write_synthetic
 from ..lake.storage import Lake, open_lake
 from ..lake.tables import get_table_version
 from ..ranking.plan import BacktestPlan
 from ..ranking.ranker import RankerSettings
 from ..registry.registration import Provenance
-from .ingestion import ingest
 from .processing import process
 from .training import train_and_register
 
