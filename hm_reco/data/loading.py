@@ -24,8 +24,9 @@ from hm_reco.data.contracts import (
     validate_foreign_keys,
 )
 from .drift import build_profile
+from .file_formats import read_file
 from .ingest_log import KEY_COLUMNS, Load
-from .sources import TABLES, SourcePart, read_file
+from .sources import TABLES, SourcePart
 from ..lake.checksum import compute_sha256
 from ..lake.fingerprint import fingerprint_modules, hash_text
 from ..lake.progress import track
