@@ -423,6 +423,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'hm_reco.data.decay.fixed_sum': ('data/decay.html#fixed_sum', 'hm_reco/data/decay.py'),
                                     'hm_reco.data.decay.to_days_ago': ('data/decay.html#to_days_ago', 'hm_reco/data/decay.py')},
             'hm_reco.data.drift': { 'hm_reco.data.drift._compute_edges': ('data/drift.html#_compute_edges', 'hm_reco/data/drift.py'),
+                                    'hm_reco.data.drift._count_bins': ('data/drift.html#_count_bins', 'hm_reco/data/drift.py'),
                                     'hm_reco.data.drift._count_labels': ('data/drift.html#_count_labels', 'hm_reco/data/drift.py'),
                                     'hm_reco.data.drift.build_profile': ('data/drift.html#build_profile', 'hm_reco/data/drift.py'),
                                     'hm_reco.data.drift.compute_psi': ('data/drift.html#compute_psi', 'hm_reco/data/drift.py'),
