@@ -472,7 +472,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'hm_reco/data/history.py'),
                                       'hm_reco.data.history._select_before': ( 'data/history.html#_select_before',
                                                                                'hm_reco/data/history.py'),
-                                      'hm_reco.data.history._to_codes': ('data/history.html#_to_codes', 'hm_reco/data/history.py'),
+                                      'hm_reco.data.history._to_code': ('data/history.html#_to_code', 'hm_reco/data/history.py'),
                                       'hm_reco.data.history._unpack_history': ( 'data/history.html#_unpack_history',
                                                                                 'hm_reco/data/history.py'),
                                       'hm_reco.data.history._unpack_sales': ('data/history.html#_unpack_sales', 'hm_reco/data/history.py'),

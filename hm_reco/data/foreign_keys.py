@@ -13,10 +13,10 @@ from .ingest_log import KEY_COLUMNS
 from .loading import IngestionRun, _to_part_predicate
 from ..lake.tables import append, scan, write
 
-# %% ../../nbs/data/05_foreign_keys.ipynb #8e783a26
+# %% ../../nbs/data/05_foreign_keys.ipynb #882d6a1e
 ORPHAN_RULES = [f"{key} unknown" for key in KEY_COLUMNS.values()]
 
-# %% ../../nbs/data/05_foreign_keys.ipynb #e194ad30
+# %% ../../nbs/data/05_foreign_keys.ipynb #bc327774
 def _is_releasable(run: IngestionRun) -> pl.Expr:
     """Return whether only a missing key was wrong, and both keys are known now."""
     is_known = [
@@ -24,13 +24,13 @@ def _is_releasable(run: IngestionRun) -> pl.Expr:
     ]
     return pl.all_horizontal(pl.col("rule").is_in(ORPHAN_RULES), *is_known)
 
-# %% ../../nbs/data/05_foreign_keys.ipynb #654ffb38
+# %% ../../nbs/data/05_foreign_keys.ipynb #2a3d5d71
 def _rewrite_parts(
-    run: IngestionRun, table: str, rows: pl.DataFrame | pl.LazyFrame, moved: pl.DataFrame
+    run: IngestionRun, table: str, rows: pl.DataFrame | pl.LazyFrame, leaving: pl.DataFrame
 ) -> None:
     """Write the rows that remain in the parts of the moved rows."""
-    remaining = rows.filter(pl.col("part").is_in(moved["part"].implode()))
-    write(run.lake, table, remaining, ("part",), _to_part_predicate(moved["part"]))
+    remaining = rows.filter(pl.col("part").is_in(leaving["part"].implode()))
+    write(run.lake, table, remaining, ("part",), _to_part_predicate(leaving["part"]))
 
 # %% ../../nbs/data/05_foreign_keys.ipynb #eb33133c
 def release_from_quarantine(
@@ -60,7 +60,7 @@ def find_removed_keys(
             removed.append(earlier_keys.join(current_keys, on=key, how="anti"))
     return [keys for keys in removed if not keys.is_empty()]
 
-# %% ../../nbs/data/05_foreign_keys.ipynb #313f2040
+# %% ../../nbs/data/05_foreign_keys.ipynb #9494d90d
 def _split_orphans(run: IngestionRun) -> tuple[pl.DataFrame, pl.LazyFrame]:
     """Return the purchases with a removed key, with `rule`, and all others."""
     remaining, orphans_by_key = scan(run.lake, "raw/transactions"), []
@@ -71,7 +71,7 @@ def _split_orphans(run: IngestionRun) -> tuple[pl.DataFrame, pl.LazyFrame]:
         remaining = remaining.join(keys.lazy(), on=key, how="anti")
     return pl.concat(orphans_by_key).collect() if orphans_by_key else pl.DataFrame(), remaining
 
-# %% ../../nbs/data/05_foreign_keys.ipynb #739a20d2
+# %% ../../nbs/data/05_foreign_keys.ipynb #bd05c382
 def _check_orphan_limit(run: IngestionRun, n_orphans: int) -> None:
     """Raise `ValueError` when too many purchases would be quarantined."""
     n_rows = scan(run.lake, "raw/transactions").select(pl.len()).collect().item()
@@ -80,13 +80,13 @@ def _check_orphan_limit(run: IngestionRun, n_orphans: int) -> None:
         summary = f"{n_orphans} of {n_rows} purchases, more than {limit}"
         raise ValueError(f"removed articles or customers would quarantine {summary}")
 
-# %% ../../nbs/data/05_foreign_keys.ipynb #3c8676d8
+# %% ../../nbs/data/05_foreign_keys.ipynb #47345ac7
 def _build_origins(run: IngestionRun) -> pl.DataFrame:
     """Build a table with the file and the source of each part."""
     rows = [(key, load.file, load.source) for key, load in run.current.items()]
     return pl.DataFrame(rows, schema=["part", "file", "source"], orient="row")
 
-# %% ../../nbs/data/05_foreign_keys.ipynb #743aeeca
+# %% ../../nbs/data/05_foreign_keys.ipynb #bb52fca7
 def quarantine_orphans(
     run: IngestionRun,  # its articles and customers are committed
 ) -> int:  # number of quarantined purchases
