@@ -27,10 +27,9 @@ from typing import Any
 import psutil
 from external_data import get_peak_mb
 
-from hm_reco.data import processing
+from hm_reco.data import ingestion, processing
 from hm_reco.data.synthetic import write_synthetic
 from hm_reco.lake.storage import open_lake
-from hm_reco.stages import ingestion
 
 SHARDS, WEEKS = 4, 6
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "POLARS_MAX_THREADS", "NUMBA_NUM_THREADS"), "1")

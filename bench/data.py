@@ -23,11 +23,10 @@ from tempfile import TemporaryDirectory
 import polars as pl
 from external_data import get_peak_mb
 
-from hm_reco.data import processing
+from hm_reco.data import ingestion, processing
 from hm_reco.data.synthetic import write_synthetic
 from hm_reco.lake.storage import open_lake
 from hm_reco.lake.tables import scan
-from hm_reco.stages import ingestion
 
 EXTERNAL_PYTHON = Path(__file__).parents[1] / ".venv-bench-data" / "bin" / "python"
 SHARDS = 4

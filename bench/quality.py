@@ -25,6 +25,7 @@ import polars as pl
 from external_data import get_peak_mb
 
 from hm_reco.data.history import History, as_of, get_ground_truth, load_history
+from hm_reco.data.ingestion import ingest
 from hm_reco.data.processing import process
 from hm_reco.data.synthetic import write_synthetic
 from hm_reco.lake.storage import Lake, open_lake
@@ -39,7 +40,6 @@ from hm_reco.ranking.scoring import score_lists
 from hm_reco.ranking.tuning import tune
 from hm_reco.retrieval.aggregates import compute_aggregates
 from hm_reco.retrieval.two_tower import TwoTower, TwoTowerSettings, build_vocabulary
-from hm_reco.stages.ingestion import ingest
 
 ROOT = Path(__file__).parents[1]
 EXTERNAL_PYTHON = ROOT / ".venv-bench-models" / "bin" / "python"

@@ -24,13 +24,12 @@ import numpy as np
 import polars as pl
 from external_data import get_peak_mb
 
-from hm_reco.data import processing
+from hm_reco.data import ingestion, processing
 from hm_reco.data.changes import _list_weeks
 from hm_reco.data.history import load_history, map_purchases
 from hm_reco.data.synthetic import write_synthetic
 from hm_reco.lake.storage import open_lake
 from hm_reco.lake.tables import scan
-from hm_reco.stages import ingestion
 
 FULL_CUSTOMERS, SHARDS = 1_371_980, 8
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "POLARS_MAX_THREADS", "NUMBA_NUM_THREADS"), "1")

@@ -26,6 +26,7 @@ from hm_reco.api.model_manager import find_target, load_model
 from hm_reco.compute.cluster import ClusterError, ray_map, ray_reduce
 from hm_reco.data import processing
 from hm_reco.data.history import History, generate_history, load_history
+from hm_reco.data.ingestion import ingest
 from hm_reco.data.processing import PROCESSED_TABLES, process
 from hm_reco.data.synthetic import write_synthetic
 from hm_reco.lake.storage import open_lake
@@ -45,7 +46,6 @@ from hm_reco.retrieval.tower_training import fit_until
 from hm_reco.retrieval.two_tower import TwoTower, TwoTowerSettings, build_vocabulary, to_bytes
 from hm_reco.serving.batch import predict_all
 from hm_reco.serving.recommender import Recommender
-from hm_reco.stages.ingestion import ingest
 from tests.conftest import find_free_port
 
 CLIENT_PORT = find_free_port()  # for drivers outside of the cluster

@@ -8,11 +8,11 @@ import polars as pl
 import pytest
 
 from hm_reco.data.changes import detect_changes
+from hm_reco.data.ingestion import ingest
 from hm_reco.data.processing import PROCESSED_TABLES, process
 from hm_reco.data.sources import Source
 from hm_reco.lake.storage import Lake, open_lake
 from hm_reco.lake.tables import get_table_version, scan
-from hm_reco.stages.ingestion import ingest
 
 DATA_TABLES = [name for name in PROCESSED_TABLES if name != "processed/input_versions"]
 

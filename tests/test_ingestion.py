@@ -10,10 +10,10 @@ import polars as pl
 import pytest
 
 from hm_reco.data.contracts import cast_to_schema, get_columns, validate
+from hm_reco.data.ingestion import ingest
 from hm_reco.data.sources import Source, discover_parts
 from hm_reco.lake.storage import open_lake
 from hm_reco.lake.tables import get_table_version, scan
-from hm_reco.stages.ingestion import ingest
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from hm_reco.api.app import create_app
 from hm_reco.api.model_manager import find_target, load_model
+from hm_reco.data.ingestion import ingest
 from hm_reco.data.processing import process
 from hm_reco.lake.runs import read_runs
 from hm_reco.lake.settings import ServiceSettings
@@ -32,7 +33,6 @@ from hm_reco.registry.registry import (
     save_scores,
 )
 from hm_reco.serving.recommend import recommend, to_recommendation_table
-from hm_reco.stages.ingestion import ingest
 from runner.cli import app
 from tests.conftest import wait_until
 

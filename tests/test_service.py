@@ -29,6 +29,7 @@ from hm_reco.api.middleware import MAX_BODY_BYTES
 from hm_reco.api.schemas import EXAMPLE, PredictResponse, SimilarResponse
 from hm_reco.api.shadow import SHADOW, BoundedExecutor, find_challenger
 from hm_reco.data.history import load_history
+from hm_reco.data.ingestion import ingest
 from hm_reco.data.sources import Source
 from hm_reco.lake.settings import ServiceSettings
 from hm_reco.lake.storage import Lake, open_lake, write_file
@@ -47,7 +48,6 @@ from hm_reco.registry.registry import (
 from hm_reco.serving.batch import predict_all, to_external_ids, with_precomputed
 from hm_reco.stages.demo import demo_lake
 from hm_reco.stages.inference import select_example_customers
-from hm_reco.stages.ingestion import ingest
 from tests.conftest import (
     BUCKET,
     build_s3_environment,

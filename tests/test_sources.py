@@ -22,12 +22,21 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from hm_reco.data import sources as data_sources
 from hm_reco.data.contracts import get_columns
 from hm_reco.data.ingest_log import read_loads, scan_latest_rows
-from hm_reco.data.sources import Source, fingerprint, parse_sources
+from hm_reco.data.ingestion import ingest
+from hm_reco.data.sources import (
+    SOURCE_KINDS,
+    Source,
+    SourceFile,
+    SourceKind,
+    discover_parts,
+    fingerprint,
+    parse_sources,
+)
 from hm_reco.lake.storage import Lake, open_lake
 from hm_reco.lake.tables import get_table_version, scan, write
-from hm_reco.stages.ingestion import ingest
 
 TABLES = {"articles": "articles", "customers": "customers", "transactions": "transactions_train"}
 
@@ -245,6 +254,19 @@ def https(files: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", str(pem))
     yield f"https://localhost:{server.server_port}", Handler
     server.shutdown()
+
+
+def test_added_source_kind_is_found_before_others(files, monkeypatch):
+    def list_feed(source: Source) -> list[SourceFile]:
+        path = files / "articles.csv"
+        return [SourceFile("articles", "version 7", lambda folder: shutil.copy(path, folder))]
+
+    feed = SourceKind("feed", lambda s: s.uri.startswith("feed://"), list_feed, has_suffixes=False)
+    monkeypatch.setattr(data_sources, "SOURCE_KINDS", (feed, *SOURCE_KINDS))
+    [part] = discover_parts(Source(uri="feed://shop"))
+    assert (part.table, part.file.etag) == ("articles", "version 7")
+    assert fingerprint("feed://shop") == fingerprint("feed://shop")
+    assert len(discover_parts(Source(uri=str(files)))) == 3
 
 
 def test_https_source_with_token_downloads_once(lake, expected, https, monkeypatch):

@@ -13,35 +13,44 @@ from .ingest_log import KEY_COLUMNS
 from .loading import IngestionRun, _to_part_predicate
 from ..lake.tables import append, scan, write
 
-# %% ../../nbs/data/05_foreign_keys.ipynb #eb33133c
+# %% ../../nbs/data/05_foreign_keys.ipynb #882d6a1e
 ORPHAN_RULES = [f"{key} unknown" for key in KEY_COLUMNS.values()]
 
-
-def release_from_quarantine(run: IngestionRun) -> int:
-    """Release the purchases whose article and customer are known now; returns their number."""
-    quarantined = scan(run.lake, "quarantine/transactions").collect()
+# %% ../../nbs/data/05_foreign_keys.ipynb #bc327774
+def _is_releasable(run: IngestionRun) -> pl.Expr:
+    """Return whether only a missing key was wrong, and both keys are known now."""
     is_known = [
         pl.col(keys.columns[0]).is_in(keys.to_series().implode()) for keys in run.load_known_keys()
     ]
-    is_released = pl.all_horizontal(pl.col("rule").is_in(ORPHAN_RULES), *is_known)
-    released = quarantined.filter(is_released)
+    return pl.all_horizontal(pl.col("rule").is_in(ORPHAN_RULES), *is_known)
+
+# %% ../../nbs/data/05_foreign_keys.ipynb #2a3d5d71
+def _rewrite_parts(
+    run: IngestionRun, table: str, rows: pl.DataFrame | pl.LazyFrame, leaving: pl.DataFrame
+) -> None:
+    """Write the rows that remain in the parts of the moved rows."""
+    remaining = rows.filter(pl.col("part").is_in(leaving["part"].implode()))
+    write(run.lake, table, remaining, ("part",), _to_part_predicate(leaving["part"]))
+
+# %% ../../nbs/data/05_foreign_keys.ipynb #eb33133c
+def release_from_quarantine(
+    run: IngestionRun,  # its articles and customers are committed
+) -> int:  # number of released purchases
+    """Release the purchases whose article and customer are known now."""
+    quarantined = scan(run.lake, "quarantine/transactions").collect()
+    is_releasable = _is_releasable(run)
+    released = quarantined.filter(is_releasable)
     if not released.is_empty():
         valid = released.select(*get_columns("transactions"), "part", "load")
         append(run.lake, "raw/transactions", valid)
-        remaining = quarantined.filter(
-            ~is_released, pl.col("part").is_in(released["part"].implode())
-        )
-        write(
-            run.lake,
-            "quarantine/transactions",
-            remaining,
-            ("part",),
-            _to_part_predicate(released["part"]),
-        )
+        remaining = quarantined.filter(~is_releasable)
+        _rewrite_parts(run, "quarantine/transactions", remaining, released)
     return released.height
 
 # %% ../../nbs/data/05_foreign_keys.ipynb #5d0bc9b6
-def find_removed_keys(run: IngestionRun) -> list[pl.DataFrame]:
+def find_removed_keys(
+    run: IngestionRun,  # its `versions` are those before the run
+) -> list[pl.DataFrame]:  # one column each; none is empty
     """Return, by table, the keys that were in the lake when the run began and are no longer."""
     removed = []
     for (table, key), current_keys in zip(KEY_COLUMNS.items(), run.load_known_keys(), strict=True):
@@ -51,39 +60,44 @@ def find_removed_keys(run: IngestionRun) -> list[pl.DataFrame]:
             removed.append(earlier_keys.join(current_keys, on=key, how="anti"))
     return [keys for keys in removed if not keys.is_empty()]
 
-
-def quarantine_orphans(run: IngestionRun) -> int:
-    """Quarantine the purchases whose article or customer was removed; returns their number."""
+# %% ../../nbs/data/05_foreign_keys.ipynb #9494d90d
+def _split_orphans(run: IngestionRun) -> tuple[pl.DataFrame, pl.LazyFrame]:
+    """Return the purchases with a removed key, with `rule`, and all others."""
     remaining, orphans_by_key = scan(run.lake, "raw/transactions"), []
     for keys in find_removed_keys(run):
         [key] = keys.columns
-        key_orphans = remaining.join(keys.lazy(), on=key, how="semi")
-        orphans_by_key.append(key_orphans.with_columns(rule=pl.lit(f"{key} unknown")))
+        orphans = remaining.join(keys.lazy(), on=key, how="semi")
+        orphans_by_key.append(orphans.with_columns(rule=pl.lit(f"{key} unknown")))
         remaining = remaining.join(keys.lazy(), on=key, how="anti")
-    orphans = pl.concat(orphans_by_key).collect() if orphans_by_key else pl.DataFrame()
-    if not orphans.is_empty():
-        _check_orphan_limit(run, orphans.height)
-        remaining_rows = remaining.filter(pl.col("part").is_in(orphans["part"].implode()))
-        write(
-            run.lake,
-            "raw/transactions",
-            remaining_rows,
-            ("part",),
-            _to_part_predicate(orphans["part"]),
-        )
-        origins = pl.DataFrame(
-            [(key, load.file, load.source) for key, load in run.current.items()],
-            schema=["part", "file", "source"],
-            orient="row",
-        )
-        with_origin = orphans.join(origins, on="part", how="left")
-        append(run.lake, "quarantine/transactions", with_origin, merge_schema=True)
-    return orphans.height
+    return pl.concat(orphans_by_key).collect() if orphans_by_key else pl.DataFrame(), remaining
 
-
+# %% ../../nbs/data/05_foreign_keys.ipynb #bd05c382
 def _check_orphan_limit(run: IngestionRun, n_orphans: int) -> None:
+    """Raise `ValueError` when too many purchases would be quarantined."""
     n_rows = scan(run.lake, "raw/transactions").select(pl.len()).collect().item()
     if n_orphans > run.max_quarantined_share * n_rows:
         limit = f"max_quarantined_share={run.max_quarantined_share:g}"
         summary = f"{n_orphans} of {n_rows} purchases, more than {limit}"
         raise ValueError(f"removed articles or customers would quarantine {summary}")
+
+# %% ../../nbs/data/05_foreign_keys.ipynb #47345ac7
+def _build_origins(run: IngestionRun) -> pl.DataFrame:
+    """Build a table with the file and the source of each part."""
+    rows = [(key, load.file, load.source) for key, load in run.current.items()]
+    return pl.DataFrame(rows, schema=["part", "file", "source"], orient="row")
+
+# %% ../../nbs/data/05_foreign_keys.ipynb #bb52fca7
+def quarantine_orphans(
+    run: IngestionRun,  # its articles and customers are committed
+) -> int:  # number of quarantined purchases
+    """Quarantine the purchases whose article or customer was removed.
+
+    Raises `ValueError` when they exceed the maximum quarantined share.
+    """
+    orphans, remaining = _split_orphans(run)
+    if not orphans.is_empty():
+        _check_orphan_limit(run, orphans.height)
+        _rewrite_parts(run, "raw/transactions", remaining, orphans)
+        with_origin = orphans.join(_build_origins(run), on="part", how="left")
+        append(run.lake, "quarantine/transactions", with_origin, merge_schema=True)
+    return orphans.height

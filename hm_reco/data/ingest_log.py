@@ -18,9 +18,6 @@ from ..lake.runs import from_frame, to_frame
 from ..lake.storage import Lake
 from ..lake.tables import append, has_table, scan
 
-INGEST_LOG = "raw/ingest_log"
-KEY_COLUMNS = {"articles": "article_id", "customers": "customer_id"}  # of tables with unique keys
-
 # %% ../../nbs/data/02_ingest_log.ipynb #e3312da5
 @dataclass
 class Load:
@@ -46,31 +43,47 @@ class Load:
     profile: dict[str, Any] = field(default_factory=dict)  # by column, see `data.drift`
     notes: str = ""
 
-# %% ../../nbs/data/02_ingest_log.ipynb #4bc40732
-def append_loads(lake: Lake, loads: Iterable[Load]) -> int:
-    """Append to the ingestion log (at least one row); returns its version."""
+# %% ../../nbs/data/02_ingest_log.ipynb #e9b39695
+INGEST_LOG = "raw/ingest_log"
+
+
+def append_loads(
+    lake: Lake,
+    loads: Iterable[Load],  # at least one
+) -> int:  # version of the table
+    """Append to the ingestion log."""
     return append(lake, INGEST_LOG, to_frame(list(loads)), merge_schema=True)
 
-
-def read_loads(lake: Lake) -> list[Load]:
-    """Return all loads, oldest first."""
+# %% ../../nbs/data/02_ingest_log.ipynb #4bc40732
+def read_loads(lake: Lake) -> list[Load]:  # oldest first
+    """Return all loads; none when the lake has no log."""
     if not has_table(lake, INGEST_LOG):
         return []
     return from_frame(Load, scan(lake, INGEST_LOG).sort("loaded_at", maintain_order=True).collect())
 
-
-def get_latest_load_by_part(loads: Iterable[Load]) -> dict[str, Load]:
-    """Return the latest load of each part that is in the lake, by part."""
+# %% ../../nbs/data/02_ingest_log.ipynb #bd0a8cff
+def get_latest_load_by_part(
+    loads: Iterable[Load],  # oldest first
+) -> dict[str, Load]:  # by key of the part
+    """Return the latest load of each part that is in the lake."""
     latest = {load.part: load for load in loads}
     return {key: load for key, load in latest.items() if load.state != "removed"}
 
-
-def get_last_loaded_at(loads: Iterable[Load]) -> dict[str, datetime]:
+# %% ../../nbs/data/02_ingest_log.ipynb #9fd33af4
+def get_last_loaded_at(
+    loads: Iterable[Load],  # oldest first
+) -> dict[str, datetime]:  # by label of the source, with time zone
     """Return the time of the last load of each source."""
     return {load.source: load.loaded_at for load in loads if load.state != "removed"}
 
+# %% ../../nbs/data/02_ingest_log.ipynb #ae4f0193
+KEY_COLUMNS = {"articles": "article_id", "customers": "customer_id"}  # of tables with unique keys
+
 # %% ../../nbs/data/02_ingest_log.ipynb #67055ff6
-def scan_latest_rows(lake: Lake, table: str) -> pl.LazyFrame:
+def scan_latest_rows(
+    lake: Lake,
+    table: str,  # a key of `KEY_COLUMNS`
+) -> pl.LazyFrame:  # the columns of the contract
     """Scan the latest row of each key of `raw/articles` or `raw/customers`."""
     rows, key = scan(lake, f"raw/{table}"), KEY_COLUMNS[table]
     has_several_parts = rows.select(pl.col("part").n_unique() > 1).collect().item()

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 from ..data.history import HISTORY_TABLES, load_history
+from ..data.ingestion import ingest
 from ..data.processing import process
 from ..data.synthetic import write_synthetic
 from ..lake.storage import Lake, open_lake
@@ -20,7 +21,6 @@ from ..ranking.plan import BacktestPlan
 from ..ranking.ranker import RankerSettings
 from ..registry.registration import Provenance
 from ..registry.training_run import train_and_register
-from .ingestion import ingest
 
 # %% ../../nbs/stages/00_demo.ipynb #a55591d5
 @cache
