@@ -28,7 +28,7 @@ def _is_releasable(run: IngestionRun) -> pl.Expr:
 def _rewrite_parts(
     run: IngestionRun, table: str, rows: pl.DataFrame | pl.LazyFrame, leaving: pl.DataFrame
 ) -> None:
-    """Write the rows that remain in the parts of the moved rows."""
+    """Write the rows that remain in the parts of those that leave."""
     remaining = rows.filter(pl.col("part").is_in(leaving["part"].implode()))
     write(run.lake, table, remaining, ("part",), _to_part_predicate(leaving["part"]))
 
@@ -48,9 +48,7 @@ def release_from_quarantine(
     return released.height
 
 # %% ../../nbs/data/05_foreign_keys.ipynb #5d0bc9b6
-def find_removed_keys(
-    run: IngestionRun,  # its `versions` are those before the run
-) -> list[pl.DataFrame]:  # one column each; none is empty
+def find_removed_keys(run: IngestionRun) -> list[pl.DataFrame]:  # one column each; none is empty
     """Return, by table, the keys that were in the lake when the run began and are no longer."""
     removed = []
     for (table, key), current_keys in zip(KEY_COLUMNS.items(), run.load_known_keys(), strict=True):

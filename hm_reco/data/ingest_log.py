@@ -80,10 +80,7 @@ def get_last_loaded_at(
 KEY_COLUMNS = {"articles": "article_id", "customers": "customer_id"}  # of tables with unique keys
 
 # %% ../../nbs/data/02_ingest_log.ipynb #67055ff6
-def scan_latest_rows(
-    lake: Lake,
-    table: str,  # a key of `KEY_COLUMNS`
-) -> pl.LazyFrame:  # the columns of the contract
+def scan_latest_rows(lake: Lake, table: str) -> pl.LazyFrame:  # the columns of the contract
     """Scan the latest row of each key of `raw/articles` or `raw/customers`."""
     rows, key = scan(lake, f"raw/{table}"), KEY_COLUMNS[table]
     has_several_parts = rows.select(pl.col("part").n_unique() > 1).collect().item()

@@ -39,10 +39,8 @@ TableName = Literal["articles", "customers", "transactions"]
 TABLES: tuple[TableName, ...] = get_args(TableName)
 
 # %% ../../nbs/data/01_sources.ipynb #a823db4e
-def infer_table(
-    name: str,  # relative to the source, with its format's suffix
-) -> TableName | None:  # None: the name matches no table
-    """Infer the table from a file's name."""
+def infer_table(name: str) -> TableName | None:  # None: the name matches no table
+    """Infer the table from a file's name, relative to the source."""
     folder, _, base = name.rpartition("/")
     stem = base.removesuffix(get_suffix(base))
     for table in TABLES:
@@ -87,9 +85,7 @@ def _check_schedule(schedule: str, zone: str) -> None:
         raise ValueError(f"schedule {schedule!r}, zone {zone!r}: {err}") from err
 
 # %% ../../nbs/data/01_sources.ipynb #72c0edca
-def check_labels(
-    sources: list[Source],  # all that are declared
-) -> list[Source]:  # the same
+def check_labels(sources: list[Source]) -> list[Source]:  # the same
     """Return the sources; raises `ValueError` when two have the same label."""
     labels = [source.label for source in sources]
     if duplicates := {label for label in labels if labels.count(label) > 1}:
@@ -346,9 +342,7 @@ DATABASE = SourceKind("database", _is_database, _list_queries, has_suffixes=Fals
 SOURCE_KINDS: tuple[SourceKind, ...] = (HTTPS, DATABASE, DELTA, S3, ZIP, FOLDER, FILE)
 
 # %% ../../nbs/data/01_sources.ipynb #7370fe1a
-def get_source_kind(
-    source: Source,  # its URI exists
-) -> SourceKind:  # the first of `SOURCE_KINDS` that matches
+def get_source_kind(source: Source) -> SourceKind:  # the first that matches
     """Return the kind of a source. Raises `FileNotFoundError` when no kind matches."""
     for kind in SOURCE_KINDS:
         if kind.matches(source):
@@ -379,10 +373,7 @@ class SourcePart:
         """The partition key."""
         return hash_text(f"{self.source.label}\n{self.file.name}\n{self.table}")[:8]
 
-    def download(
-        self,
-        folder: Path,  # on this machine
-    ) -> Path:
+    def download(self, folder: Path) -> Path:  # in the folder, or where the file is
         """Download the rows to a local file, see `read_file`."""
         path = self.file.download(folder)
         if get_suffix(path.name) != ".csv.zip":
@@ -429,9 +420,7 @@ def discover_parts(
     return parts
 
 # %% ../../nbs/data/01_sources.ipynb #581f4b21
-def fingerprint(
-    uri: str,  # of a source
-) -> str:
+def fingerprint(uri: str) -> str:  # 16 hexadecimal digits where the content is known
     """Return a short text that changes when the etags at `uri` change; reads no content."""
     try:
         etags = [(file.name, file.etag) for file in list_files(Source(uri=uri))]

@@ -104,9 +104,7 @@ def generate_shop(
     return SyntheticShop(catalogue, np.concatenate(ages), purchases)
 
 # %% ../../nbs/data/06_synthetic.ipynb #001cbcf9
-def build_article_ids(
-    catalogue: SyntheticCatalogue,
-) -> pl.Series:  # in the catalogue's order
+def build_article_ids(catalogue: SyntheticCatalogue) -> pl.Series:  # in the catalogue's order
     """Build ids of ten digits: the product's code and the colour's number."""
     code = 100_000 + catalogue.product * 7
     order = np.argsort(code, kind="stable")
@@ -211,9 +209,7 @@ def _build_department_columns(catalogue: SyntheticCatalogue) -> dict[str, pl.Ser
     }
 
 # %% ../../nbs/data/06_synthetic.ipynb #e251d4be
-def build_articles(
-    catalogue: SyntheticCatalogue,
-) -> pl.DataFrame:  # 25 columns in Kaggle's order, sorted by id
+def build_articles(catalogue: SyntheticCatalogue) -> pl.DataFrame:  # 25 columns, sorted by id
     """Build the article file."""
     columns = _build_product_columns(catalogue) | _build_colour_columns(catalogue)
     columns |= _build_department_columns(catalogue) | _build_names(catalogue)

@@ -290,9 +290,7 @@ class WeeklyAssortment:
         return (np.diff(self.starts) == 0).reshape(-1, self.n_styles)
 
 # %% ../../nbs/data/14_synthetic_catalogue.ipynb #4e4cf0c1
-def build_assortment(
-    catalogue: SyntheticCatalogue,
-) -> WeeklyAssortment:  # of all weeks
+def build_assortment(catalogue: SyntheticCatalogue) -> WeeklyAssortment:  # of all weeks
     """Build the articles on sale with their weights."""
     n_styles = catalogue.style_group.size
     weeks = [_weigh_articles(catalogue, week) for week in range(N_WEEKS)]
