@@ -136,7 +136,7 @@ def _apply_manifest(lake: Lake, stage_run: StageRun) -> Outcome:
 
 
 def _get_reserve_path(lake: Lake) -> Path | None:
-    return None if lake.client else Path(lake.root) / "runs" / "reserve"
+    return Path(lake.root) / "runs" / "reserve" if lake.storage.is_local else None
 
 
 def reserve_space(lake: Lake) -> None:

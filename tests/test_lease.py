@@ -8,7 +8,7 @@ import time
 import pytest
 
 import hm_reco.lake.lease as lease_module
-from hm_reco.lake.lease import LEASE_FOLDER, LeaseError, S3Lease, hold_leases
+from hm_reco.lake.lease import LEASE_FOLDER, LeaseError, ObjectLease, hold_leases
 from hm_reco.lake.storage import open_lake, write_file
 from tests.conftest import wait_until
 
@@ -44,7 +44,7 @@ def hold_lease(lake, events):
 
 
 def test_lease_concurrent_attempts_acquire_once(lake):
-    contenders = [S3Lease(lake, "training", lambda: None) for _ in range(8)]
+    contenders = [ObjectLease(lake, "training", lambda: None) for _ in range(8)]
     acquired: list[bool] = []
     threads = [
         threading.Thread(target=lambda contender=contender: acquired.append(contender.acquire()))
@@ -74,7 +74,7 @@ def test_lease_renewed_is_kept_and_loss_is_notified(lake, monkeypatch):
     monkeypatch.setattr(lease_module, "RENEW_SECONDS", 0.2)
     monkeypatch.setattr(lease_module, "STALE_SECONDS", 2.0)
     lost = threading.Event()
-    lease = S3Lease(lake, "training", lost.set)
+    lease = ObjectLease(lake, "training", lost.set)
     assert lease.acquire()
     with (
         pytest.raises(LeaseError),

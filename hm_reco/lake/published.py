@@ -7,7 +7,7 @@ __all__ = ['publish_versions', 'write_manifest', 'read_manifest', 'build_lineage
 
 # %% ../../nbs/lake/03_published.ipynb #9111b184
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .storage import CURRENT_FOLDER, Lake, open_lake, read_published, write_json
@@ -103,24 +103,6 @@ def _restore_table(table: DeltaTable, published: int | None) -> bool:
         return bool(unreferenced)
     return True
 
-# %% ../../nbs/lake/03_published.ipynb #3d2a1571
-def _iter_uploads(lake: Lake, folders: Iterable[str]) -> Iterator[dict[str, str]]:
-    """Iterate over the incomplete uploads: bucket, key and id."""
-    assert lake.client is not None
-    paginator = lake.client.client.get_paginator("list_multipart_uploads")
-    for folder in folders:
-        bucket, _, key = lake.uri(folder).removeprefix("s3://").partition("/")
-        for page in paginator.paginate(Bucket=bucket, Prefix=key):
-            for upload in page.get("Uploads", []):
-                yield {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
-
-# %% ../../nbs/lake/03_published.ipynb #eadd260c
-def _abort_uploads(lake: Lake, stage: str) -> None:
-    """Abort the incomplete multipart uploads of a stage; none on a folder."""
-    if lake.client is not None:
-        for upload in _iter_uploads(lake, list_owned_folders(stage)):
-            lake.client.client.abort_multipart_upload(**upload)
-
 # %% ../../nbs/lake/03_published.ipynb #b247b47a
 def restore_published(
     lake: Lake,
@@ -135,7 +117,8 @@ def restore_published(
     if stage not in read_published(lake):
         publish_versions(lake, stage, {name: _open_latest(lake, name).version() for name in names})
         return []
-    _abort_uploads(lake, stage)
+    for folder in list_owned_folders(stage):
+        lake.storage.abort_uploads(lake.uri(folder))
     tables, restored = dict(read_published(lake)[stage]), []
     for name in names:
         table = _open_latest(lake, name)

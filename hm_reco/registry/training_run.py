@@ -56,7 +56,7 @@ def load_or_create_tower(
     examples: int,  # purchases that train it
     seed: int,
 ) -> TwoTower | None:  # None for 0 examples
-    """Load the two-two_tower model saved as `name`, or create one."""
+    """Load the two-tower model saved as `name`, or create one."""
     if not examples:
         return None
     path = lake.path(*TOWERS_FOLDER, f"{name}.safetensors")
@@ -71,7 +71,7 @@ def save_tower(
     name: str,  # see `build_study_name`
     two_tower: TwoTower,
 ) -> None:
-    """Save the two-two_tower model until the first week is trained."""
+    """Save the two-tower model until the first week is trained."""
     if two_tower.trained_until is None:
         write_file(lake.path(*TOWERS_FOLDER, f"{name}.safetensors"), to_bytes(two_tower))
 
@@ -80,7 +80,7 @@ def save_tower(
 class TrainingOptions:
     """Options of a training run other than the plan and the settings."""
 
-    tower_examples: int = 0  # purchases that train the two-two_tower model; 0: no model
+    tower_examples: int = 0  # purchases that train the two-tower model; 0: no model
     tuning_minutes: float | None = None  # None: no tuning
     workers: int = 1  # processes that train together
 

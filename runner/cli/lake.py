@@ -109,7 +109,7 @@ def report(
         path = target.path("reports", *([run_id] if run_id else []), "index.html")
         if not path.exists():
             raise LookupError(f"no report at {path}; hm runs lists the runs")
-        if target.client:
+        if not target.storage.is_local:
             text = f"{path}; to open it: hm serve, then http://127.0.0.1:8080/reports/"
             return console.print(text, soft_wrap=True)
         console.print(str(path), soft_wrap=True)
