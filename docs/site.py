@@ -40,7 +40,7 @@ NAV: dict[str, str | dict[str, str]] = {
     },
     "Guides": {
         "Running stages": "docs/running.md",
-        "Ten and a hundred times H&M": "docs/scaling.md",
+        "Scaling": "docs/scaling.md",
         "Data": "docs/data.md",
         "Reports": "docs/reports.md",
         "Serving": "docs/serving.md",
