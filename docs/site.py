@@ -23,7 +23,7 @@ NAV: dict[str, str | dict[str, str]] = {
     "Commands": "docs/commands.md",
     "How to": {
         "Keep the lake on S3": "docs/how-to/s3.md",
-        "Run by itself": "docs/how-to/scheduling.md",
+        "Run on a schedule": "docs/how-to/scheduling.md",
         "Tune the model": "docs/how-to/tuning.md",
         "Promote, roll back": "docs/how-to/promoting.md",
         "Serve": "docs/how-to/serving.md",
@@ -46,11 +46,11 @@ NAV: dict[str, str | dict[str, str]] = {
         "Serving": "docs/serving.md",
         "Configuration": "config/README.md",
     },
-    "Why": {
+    "Background": {
         "Notebooks first": "docs/explanation/notebooks.md",
         "Time": "docs/explanation/time.md",
-        "How the recommender works": "docs/recommender.md",
-        "What was measured": "docs/explanation/measured.md",
+        "The recommender": "docs/recommender.md",
+        "Measurements": "docs/explanation/measured.md",
     },
 }
 # the folders of nbs/, each after those that it imports
