@@ -23,7 +23,7 @@ NAV: dict[str, str | dict[str, str]] = {
     "Commands": "docs/commands.md",
     "How to": {
         "Keep the lake on S3": "docs/how-to/s3.md",
-        "Run by itself": "docs/how-to/scheduling.md",
+        "Run on a schedule": "docs/how-to/scheduling.md",
         "Tune the model": "docs/how-to/tuning.md",
         "Promote, roll back": "docs/how-to/promoting.md",
         "Serve": "docs/how-to/serving.md",
@@ -40,17 +40,17 @@ NAV: dict[str, str | dict[str, str]] = {
     },
     "Guides": {
         "Running stages": "docs/running.md",
-        "Ten and a hundred times H&M": "docs/scaling.md",
+        "Scaling": "docs/scaling.md",
         "Data": "docs/data.md",
         "Reports": "docs/reports.md",
         "Serving": "docs/serving.md",
         "Configuration": "config/README.md",
     },
-    "Why": {
+    "Background": {
         "Notebooks first": "docs/explanation/notebooks.md",
         "Time": "docs/explanation/time.md",
-        "How the recommender works": "docs/recommender.md",
-        "What was measured": "docs/explanation/measured.md",
+        "The recommender": "docs/recommender.md",
+        "Measurements": "docs/explanation/measured.md",
     },
 }
 # the folders of nbs/, each after those that it imports
