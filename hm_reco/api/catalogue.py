@@ -189,7 +189,7 @@ def refresh_stock(catalogue: Catalogue, lake: Lake) -> Catalogue:  # the same if
         return catalogue
     return replace(catalogue, stock=_read_stock(catalogue, lake), stock_version=version)
 
-
+# %% ../../nbs/api/01_catalogue.ipynb #5fe3f008
 def _read_stock(catalogue: Catalogue, lake: Lake) -> np.ndarray:
     """Read the units by article number; an article may have several rows."""
     units = scan(lake, STOCK).group_by("article_id").agg(pl.col("units").sum()).collect()
@@ -201,7 +201,7 @@ def _get_stats(recommender: Recommender, name: str) -> np.ndarray:
     """Return a column of the article statistics, by article number."""
     return recommender.index.article_stats[:, ARTICLE_STATS.index(name)]
 
-
+# %% ../../nbs/api/01_catalogue.ipynb #3ae1b3ce
 @dataclass(frozen=True)
 class PriceFilter:
     """Passes the articles with a price between two bounds."""

@@ -179,7 +179,7 @@ def _explain_scores(
         for row in rows
     ]
 
-
+# %% ../../nbs/api/02_responses.ipynb #eee288ba
 def _round_values(contributions: Mapping[str, float]) -> dict[str, float]:
     return {reason: round(value, 4) for reason, value in contributions.items()}
 

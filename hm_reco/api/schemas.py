@@ -145,7 +145,7 @@ class Evidence(BaseModel):
     relation: str = Field(description="Relation of the two articles")
     days_ago: int
 
-
+# %% ../../nbs/api/00_schemas.ipynb #489b671e
 class Reasons(BaseModel):
     """Why an article is recommended."""
 

@@ -36,7 +36,7 @@ def build_dispatch(
     exec(compile(source, _get_file(functions[0]), "exec"), namespace)  # nosec B102
     return jit(namespace["dispatch"])
 
-
+# %% ../../nbs/compute/03_dispatch.ipynb #7cf880d9
 def _get_file(function: Callable[..., Any]) -> str:
     """Return the file of a function, compiled or not."""
     return str(getattr(function, "py_func", function).__code__.co_filename)

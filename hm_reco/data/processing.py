@@ -125,7 +125,7 @@ def _begin(lake: Lake, weeks: Sequence[date], ids: IdTables, shards: int) -> Non
     schema = scan_purchases(lake, weeks, ids, shards).collect_schema()
     write(lake, PURCHASES, pl.DataFrame(schema=schema), PARTITIONS)
 
-
+# %% ../../nbs/data/13_processing.ipynb #4a0a2e58
 def process_weeks(
     lake: Lake,
     changes: ChangeSet,  # at least one week

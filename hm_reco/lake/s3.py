@@ -101,7 +101,7 @@ class StoredFile(NamedTuple):
     etag: str  # changes with the content
     open: Callable[[], IO[bytes]]
 
-
+# %% ../../nbs/lake/11_s3.ipynb #f3810255
 @dataclass(frozen=True)
 class S3Storage:
     """Access to files and tables on S3."""
@@ -183,7 +183,7 @@ def _build_client(settings: Settings) -> S3Client:
         content_type_method=mimetypes.guess_type,
     )
 
-
+# %% ../../nbs/lake/11_s3.ipynb #65e0a2a8
 def build_s3_storage(
     settings: Settings,  # with endpoint, region and credentials
 ) -> S3Storage:

@@ -59,7 +59,7 @@ class Storage(Protocol):
 def _open_file(path: Path) -> IO[bytes]:
     return path.open("rb")
 
-
+# %% ../../nbs/lake/01_storage.ipynb #ed53d030
 @dataclass(frozen=True)
 class FolderStorage:
     """A folder on a disk, which several machines may share."""

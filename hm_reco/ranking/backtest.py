@@ -71,7 +71,7 @@ class WeekTask(NamedTuple):
     weeks_back: int
     space: EmbeddingSpace | None  # of the two-tower model, as of the week's first day
 
-
+# %% ../../nbs/ranking/19_backtest.ipynb #273746a7
 @dataclass(frozen=True)
 class WeekJob(Generic[ResultT]):
     """The work on each week: a pure function of the history and a `WeekTask`."""
@@ -226,7 +226,7 @@ def _tune(backtest: Backtest, tuning_weeks: Sequence[int], tuner: Tuner) -> Rank
     training = list(backtest.matrices)
     return tuner(training, backtest.run(tuning_weeks, _build_validation_set))
 
-
+# %% ../../nbs/ranking/19_backtest.ipynb #b32d5a29
 def _evaluate_blocks(backtest: Backtest, settings: RankerSettings) -> list[dict[str, pl.DataFrame]]:
     """Evaluate the evaluation weeks in blocks, each with the ranker trained before it."""
     tables: list[dict[str, pl.DataFrame]] = []
@@ -235,7 +235,7 @@ def _evaluate_blocks(backtest: Backtest, settings: RankerSettings) -> list[dict[
         tables += backtest.run(block, partial(evaluate_week, ranker))
     return tables
 
-
+# %% ../../nbs/ranking/19_backtest.ipynb #70e61f31
 def _list_weeks(plan: BacktestPlan) -> tuple[range, range]:
     """Return the training weeks and the tuning weeks, as weeks back."""
     oldest_tuning = plan.evaluation_weeks + plan.tuning_weeks  # type: ignore[operator]

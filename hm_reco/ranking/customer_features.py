@@ -64,7 +64,7 @@ def _sum_recent(days_ago: np.ndarray) -> float:
         recent += to_fixed_point(decay_weight(days_ago[n], 28))
     return recent / FIXED_POINT_SCALE
 
-
+# %% ../../nbs/ranking/03_customer_features.ipynb #0bf7c638
 @jit
 def _compute_mean_price(price: np.ndarray) -> float:
     """Return the mean of the known prices, NaN without one."""

@@ -37,7 +37,7 @@ def _build_run_config(storage: str) -> Any:
         checkpoint_config=train.CheckpointConfig(num_to_keep=1),
     )
 
-
+# %% ../../nbs/ranking/21_distributed.ipynb #b95473ec
 def _build_scaling_config(workers: int) -> Any:
     import ray
     from ray import train
@@ -77,7 +77,7 @@ def _fit(trainer: Any, workers: int) -> Any:
                 raise ClusterError(f"{workers} workers failed to train: {err}") from err
     raise AssertionError("the last retry returns or raises")
 
-
+# %% ../../nbs/ranking/21_distributed.ipynb #f37e2311
 def _run_trainer(
     ray_trainer: "RayTrainer", trainer_class: Any, train_loop: TrainLoop, config: dict[str, Any]
 ) -> Any:
@@ -97,7 +97,7 @@ def _read_checkpoint(checkpoint: Any) -> bytes:
     with checkpoint.as_directory() as folder:
         return Path(folder, CHECKPOINT_FILE).read_bytes()
 
-
+# %% ../../nbs/ranking/21_distributed.ipynb #426273e3
 def _report_checkpoint(two_tower: TwoTower) -> None:
     """Write a checkpoint in the first process; all processes report."""
     from ray import train

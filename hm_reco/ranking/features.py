@@ -78,7 +78,7 @@ def _fill_pair_rates(row: np.ndarray, out: np.ndarray) -> None:
     out[CROSS.pair_recent_share] = row[COLUMN.pair_decayed] / row[COLUMN.recent]
     out[CROSS.pair_level_share] = row[COLUMN.pair_decayed_91] / (row[COLUMN.type_weight] + 0.01)
 
-
+# %% ../../nbs/ranking/05_features.ipynb #25a24b1c
 @jit
 def fill_cross(inputs: FeatureInputs, values: np.ndarray, out: np.ndarray) -> None:
     """Fill in the combinations of other columns."""

@@ -27,7 +27,7 @@ class Nodes(NamedTuple):
     left_mask: np.ndarray  # unsigned, one bit per leaf: leaves that remain on the way right
     leaf: np.ndarray  # (trees, leaves) float64
 
-
+# %% ../../nbs/ranking/07_forest.ipynb #a5b5bccd
 @dataclass(frozen=True)
 class Forest:
     """A trained LightGBM model as arrays; see `build_forest`."""
@@ -116,7 +116,7 @@ ALLOWED_DECISIONS = {"0", "2", "8", "10"}  # numerical; missing values as 0 or w
 def _parse_fields(text: str) -> dict[str, str]:
     return dict(line.partition("=")[::2] for line in text.splitlines())
 
-
+# %% ../../nbs/ranking/07_forest.ipynb #23eab680
 def _check_sizes(tree: int, fields: Mapping[str, str]) -> dict[str, list[str]]:
     """Return the columns of the nodes, one value per node."""
     leaves = int(fields["num_leaves"])
@@ -152,7 +152,7 @@ def _check_header(fields: Mapping[str, str]) -> int:
         )
     return features
 
-
+# %% ../../nbs/ranking/07_forest.ipynb #8bc107c6
 def _check_trees(text: str, head: str) -> None:
     fields = _parse_fields(head)
     features, sizes = _check_header(fields), [int(size) for size in fields["tree_sizes"].split()]

@@ -44,7 +44,7 @@ def _apply_one_se_rule(values_by_step: np.ndarray) -> int:
     standard_error = shortfall.std(axis=1) / np.sqrt(shortfall.shape[1])
     return int(np.argmax(shortfall.mean(axis=1) <= standard_error))
 
-
+# %% ../../nbs/ranking/14_learning_curve.ipynb #cea3a422
 def select_num_trees(
     values_by_step: Sequence[np.ndarray],  # each customer's metric after each step
 ) -> tuple[int, np.ndarray]:  # trees, and each customer's smoothed metric
@@ -62,7 +62,7 @@ class Checkpoint(NamedTuple):
     training_scores: np.ndarray | None = None
     validation_scores: np.ndarray | None = None
 
-
+# %% ../../nbs/ranking/14_learning_curve.ipynb #531afd1f
 @dataclass(frozen=True)
 class TrialData:
     """Training weeks and validation set of all trials; each process receives them once."""
@@ -94,7 +94,7 @@ def _compute_base_score(data: lgb.Dataset, settings: RankerSettings) -> float:
     positive_share = float(np.asarray(data.get_label()).mean())
     return float(np.log(positive_share / (1 - positive_share)))
 
-
+# %% ../../nbs/ranking/14_learning_curve.ipynb #e812c5ee
 def _begin(
     trial_data: TrialData, checkpoint: Checkpoint
 ) -> tuple[lgb.Dataset, np.ndarray, np.ndarray]:

@@ -76,7 +76,7 @@ def hit_rate(hits: np.ndarray, purchased: int) -> float:
     """Return 1 when the list has any bought article, else 0."""
     return 1.0 if hits.any() else 0.0
 
-
+# %% ../../nbs/ranking/00_metrics.ipynb #e1307ce4
 def reciprocal_rank(hits: np.ndarray, purchased: int) -> float:
     """Return 1 / rank of the first hit, 0 without one."""
     for rank in range(hits.size):

@@ -86,7 +86,7 @@ class TrainingData(NamedTuple):
     label: np.ndarray  # int8, 1 where bought
     group: np.ndarray  # candidates of each customer-week, in order
 
-
+# %% ../../nbs/ranking/08_ranker.ipynb #248e2943
 def pool_weeks(weeks: Sequence[FeatureMatrix]) -> TrainingData:
     """Pool weeks for training. Raises `ValueError` when no candidate was bought."""
     if not any(week.label.any() for week in weeks):

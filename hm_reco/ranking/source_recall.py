@@ -61,7 +61,7 @@ def _collect_hits(weeks: Sequence[WeekData], candidates: Sequence[Candidates]) -
         for n, (week, week_candidates) in enumerate(pairs)
     )
 
-
+# %% ../../nbs/ranking/17_source_recall.ipynb #100fb487
 def _compute_curves(hits: pl.DataFrame, n_purchases: int) -> pl.DataFrame:
     """Return the recall of the first candidates of each source: `source`, `rank`, `recall`."""
     by_rank = hits.group_by("source", "rank").agg(pl.col("hit").sum()).sort("source", "rank")

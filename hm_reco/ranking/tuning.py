@@ -97,7 +97,7 @@ def _enqueue(study: optuna.Study, defaults: RankerSettings) -> None:
         settings = replace(defaults, **overrides)
         study.enqueue_trial({key: getattr(settings, key) for key in SEARCH_SPACE})
 
-
+# %% ../../nbs/ranking/15_tuning.ipynb #b15d84ef
 def load_study(
     storage: optuna.storages.BaseStorage,
     name: str,
@@ -204,7 +204,7 @@ def _to_row(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
         **{key: trial.params.get(key) for key in SEARCH_SPACE},
     }
 
-
+# %% ../../nbs/ranking/15_tuning.ipynb #3a1fa6e6
 def _build_result(study: optuna.Study, defaults: RankerSettings) -> TuningResult:
     """Return the best trial if it is significantly better than the default settings."""
     selected = next(trial for trial in study.trials if trial.state.name == "COMPLETE")

@@ -122,7 +122,7 @@ def _parse_ranker(
     except ValueError as err:
         raise BundleError(f"model {version!r}: {RANKER_FILE}: {err}") from err
 
-
+# %% ../../nbs/registry/01_bundle.ipynb #f8f645aa
 def _check_encoder(bundle: Bundle) -> None:
     try:
         _ = bundle.encoder

@@ -91,7 +91,7 @@ def _register(lake: Lake, bundle: Bundle, provenance: Provenance) -> None:
     )
     register_model(lake, model)
 
-
+# %% ../../nbs/registry/02_registration.ipynb #3ce50ff8
 def _try_promote(lake: Lake, version: str) -> str:
     try:
         return f"champion: {promote(lake, version)}"

@@ -59,7 +59,7 @@ def register_model(
     """Append an event; return the registry's version."""
     return append(lake, REGISTRY, to_frame([model]), merge_schema=True)
 
-
+# %% ../../nbs/registry/00_registry.ipynb #e307e86c
 def read_models(
     lake: Lake,  # with or without a registry
 ) -> list[Model]:
@@ -85,7 +85,7 @@ def list_champions(
 class NoModelError(LookupError):
     """The lake has no champion model."""
 
-
+# %% ../../nbs/registry/00_registry.ipynb #006654c4
 def get_champion(
     lake: Lake,
 ) -> str:  # a version
@@ -130,7 +130,7 @@ def save_scores(
     scores.write_parquet(buffer)
     write_file(lake.path(*MODELS, version, SCORES_FILE), buffer.getvalue())
 
-
+# %% ../../nbs/registry/00_registry.ipynb #797c328d
 def load_scores(
     lake: Lake,
     version: str,  # of the model
@@ -159,7 +159,7 @@ def _find_best_baseline(scores: pl.DataFrame, metric: Metric) -> str:
     method: str = by_baseline.sort("value", "method")["method"][-1]
     return method
 
-
+# %% ../../nbs/registry/00_registry.ipynb #d89790a9
 def _check_against_baseline(
     model: Model, scores: pl.DataFrame, model_scores: pl.DataFrame
 ) -> tuple[bool, str]:
@@ -232,7 +232,7 @@ def check_promotion(
 class PromotionError(ValueError):
     """A model that the rule does not promote."""
 
-
+# %% ../../nbs/registry/00_registry.ipynb #4a6b2fd4
 def promote(
     lake: Lake,
     version: str,  # of a registered model
@@ -246,7 +246,7 @@ def promote(
     _record(lake, model, "champion", str(check), forced=int(force and not check.allowed))
     return check
 
-
+# %% ../../nbs/registry/00_registry.ipynb #bf5c2f5e
 def _record(lake: Lake, model: Model, event: Event, reason: str, forced: int = 0) -> None:
     """Append an event of a model now."""
     values = asdict(model) | {"event": event, "created": datetime.now(UTC)}
@@ -282,7 +282,7 @@ def _build_model_row(model: Model, state: str, latest: Model) -> dict[str, Any]:
         "why": latest.reason,
     }
 
-
+# %% ../../nbs/registry/00_registry.ipynb #2531c867
 def build_model_rows(
     lake: Lake,
 ) -> list[dict[str, Any]]:  # a row per model, the newest first

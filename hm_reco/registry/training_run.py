@@ -156,7 +156,7 @@ def _resolve_plan(plan: BacktestPlan, history: History, minutes: float | None) -
     """Fill the plan in from the history; without tuning, there are no tuning weeks."""
     return resolve_plan(plan if minutes is not None else replace(plan, tuning_weeks=0), history)
 
-
+# %% ../../nbs/registry/03_training_run.ipynb #58eb8576
 def _evaluate(
     lake: Lake,
     history: History,

@@ -118,7 +118,7 @@ def _share_known(rows: pl.DataFrame, past: pl.LazyFrame, key: str) -> float:
     known = past.select(key).unique().collect()
     return rows.join(known, on=key, how="semi").height / max(rows.height, 1)
 
-
+# %% ../../nbs/reporting/07_candidate_recall.ipynb #79ad1e32
 def _compute_figures(
     purchases: pl.LazyFrame, customers: pl.LazyFrame, articles: pl.LazyFrame, start: date
 ) -> dict[str, Any]:

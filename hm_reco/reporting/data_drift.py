@@ -120,7 +120,7 @@ def _get_last_day(lake: Lake, versions: Mapping[str, int]) -> date:
     last_day: date = days.collect().item()
     return last_day
 
-
+# %% ../../nbs/reporting/08_data_drift.ipynb #bcdd6c4b
 def load_compared_frames(
     lake: Lake,
     versions: Mapping[str, int],  # of `TABLES`
@@ -168,7 +168,7 @@ def _build_alerts(drifted: list[dict[str, Any]]) -> list[Alert]:
         for row in drifted
     ]
 
-
+# %% ../../nbs/reporting/08_data_drift.ipynb #039fc42e
 def _describe_drift(drifted: list[dict[str, Any]], n_columns: int) -> str:
     if not drifted:
         return f"All {n_columns} columns are stable."

@@ -204,7 +204,7 @@ def find_worst_cases(
     worst = losses.sort("loss", *keys, descending=[True, False, False]).head(count)
     return [_describe_case(result, history, row) for row in worst.to_dicts()]
 
-
+# %% ../../nbs/reporting/11_error_analysis.ipynb #9366f634
 def _describe_case(result: Evaluation, history: History, row: Mapping[str, Any]) -> dict[str, Any]:
     purchases = _get_names(history, _get_purchases(result, row)["article"])
     first = _get_names(history, _get_list(result, row).head(3)["article"])
@@ -218,7 +218,7 @@ def _give_advice(share: Mapping[str, float]) -> str:
         return "Candidate generation misses more: add a source before you improve the ranker."
     return "The ranker misses more: improve the ranker before you add a source."
 
-
+# %% ../../nbs/reporting/11_error_analysis.ipynb #02b106ea
 def _describe_misses(result: Evaluation, outcomes: pl.DataFrame) -> list[str]:
     total = outcomes.height or 1
     share = {name: outcomes.filter(outcome=name).height / total for name in OUTCOMES}
@@ -359,7 +359,7 @@ def _past_html(example: Mapping[str, Any]) -> str:
     before = f"Bought {example['n_past_articles']:,} articles before"
     return f"<p>{before}, the last on {example['last_day']}: {recent}.</p>"
 
-
+# %% ../../nbs/reporting/11_error_analysis.ipynb #c4818227
 def _outcomes_html(example: Mapping[str, Any]) -> str:
     purchases = example["purchases"]
     positions = [str(n) for n, item in enumerate(example["recommended"], 1) if item["hit"]]

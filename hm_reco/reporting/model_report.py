@@ -86,7 +86,7 @@ def _describe_improvement(comparison: BaselineComparison, n_weeks: int, n_rows: 
         certainty,
     ]
 
-
+# %% ../../nbs/reporting/10_model_report.ipynb #278534a5
 def _describe_weeks(improvements: Mapping[date, float], lost_days: Sequence[date]) -> str:
     won = f"It is better in {len(improvements) - len(lost_days)} of {len(improvements)} weeks"
     return (
@@ -474,7 +474,7 @@ def _draw_trials(axes: Axes, trials: pd.DataFrame, column: str) -> None:
         axes.plot(group[column], group["value"], "o", color=colour, label=name, markersize=3)
     axes.set(xlabel=column)
 
-
+# %% ../../nbs/reporting/10_model_report.ipynb #157ce8ce
 def draw_trials(
     section: Section,  # see `explanation_section`
 ) -> Figure:
@@ -498,7 +498,7 @@ def _features_html(section: Section) -> HTML:
     rows = section.figures["features"]
     return HTML(fold_html(table_html(rows, gain="percent").data, f"All {len(rows)} features"))
 
-
+# %% ../../nbs/reporting/10_model_report.ipynb #270d5282
 def _settings_html(section: Section) -> HTML:
     settings = section.figures["settings"].items()
     rows = [{"setting": name, "used": str(value)} for name, value in settings]

@@ -125,7 +125,7 @@ def _describe_peaks(peaks: list[dict[str, Any]]) -> str:
     highest = f"the week of {peaks[0]['week']} ({peaks[0]['times']:.1f} x the weeks around)"
     return f"{len(peaks)} weeks are peaks; the highest is {highest}."
 
-
+# %% ../../nbs/reporting/04_purchases.ipynb #f9547762
 def _write_findings(figures: Mapping[str, Any]) -> list[str]:
     busiest = max(figures["weekdays"], key=lambda row: row["share"])
     baskets, months = figures["baskets"], figures["discounts"]
@@ -189,7 +189,7 @@ def draw_weeks(
 def _draw_bars(axes: Axes, rows: list[dict[str, Any]], name: str, colour: str) -> None:
     axes.bar([row[name] for row in rows], [100 * row["share"] for row in rows], color=colour)
 
-
+# %% ../../nbs/reporting/04_purchases.ipynb #74f92610
 def draw_habits(
     section: Section,  # see `purchases_section`
 ) -> Figure:

@@ -210,7 +210,7 @@ NUMBER_FORMATS: dict[str, dict[str, int]] = {
 def _guess_format(dtype: pl.DataType) -> str:
     return "integer" if dtype.is_integer() else "number"
 
-
+# %% ../../nbs/reporting/00_section.ipynb #e4ebf8c3
 def _remove_style(html: str) -> str:
     """Remove the style of great_tables: the page's has light and dark."""
     html = re.sub(r"<style>.*?</style>", "", html, flags=re.DOTALL)

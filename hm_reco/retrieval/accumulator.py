@@ -48,7 +48,7 @@ def to_fixed_point(weight: float) -> float:
     """Convert a weight to fixed point: a whole number of steps."""
     return np.round(weight * FIXED_POINT_SCALE)
 
-
+# %% ../../nbs/retrieval/04_accumulator.ipynb #c963b9b3
 @jit
 def add(acc: Accumulator, key: int, weight: float) -> None:
     """Add a weight to the sum of the id `key`; ignore a weight that is not above 0."""

@@ -56,7 +56,7 @@ def build_stats_matrix(
     values[article_stats["article"].to_numpy()] = columns.to_numpy()
     return values
 
-
+# %% ../../nbs/retrieval/12_aggregates.ipynb #ae39b089
 def _build_popularity(article_stats: pl.DataFrame, size: int) -> np.ndarray:
     """Return (articles,): popularity, 0 for an article that was never sold."""
     values = np.zeros(size)
@@ -98,7 +98,7 @@ class Aggregates:
     index: ArticleIndex
     space: EmbeddingSpace | None = None  # of the two-tower model
 
-
+# %% ../../nbs/retrieval/12_aggregates.ipynb #73bb3f39
 def compute_aggregates(
     history: History,
     space: EmbeddingSpace | None = None,  # of a two-tower model as of the history's day

@@ -34,7 +34,7 @@ def to_int32(column: pl.Series) -> np.ndarray:
     """Convert a column of integers to a contiguous array."""
     return np.ascontiguousarray(column.cast(pl.Int32).to_numpy())
 
-
+# %% ../../nbs/retrieval/03_arrays.ipynb #afca230f
 def to_csr(
     frame: pl.DataFrame,
     key: str,  # column with the id of the list

@@ -129,7 +129,7 @@ def _multiply_block(block: np.ndarray, vector: np.ndarray, sums: np.ndarray) -> 
         for n in range(BLOCK_SIZE):
             sums[n] += weight * np.int32(values[n])
 
-
+# %% ../../nbs/retrieval/10_content.ipynb #07d38214
 @jit
 def _score_on_sale(index: ArticleIndex, vector: np.ndarray) -> np.ndarray:
     """Return the score of each article on sale: similarity plus log sales."""

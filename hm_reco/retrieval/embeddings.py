@@ -67,7 +67,7 @@ def _read_sizes(settings: Any) -> tuple[int, int, int, float]:
         raise ValueError(f"not a two-tower model: width {width}, {heads} heads, {length} purchases")
     return width, heads, length, temperature
 
-
+# %% ../../nbs/retrieval/00_embeddings.ipynb #4375ca2a
 def _check_shapes(weights: Mapping[str, np.ndarray], width: int, heads: int) -> None:
     for name, shape in SHAPES.items():
         actual, expected = getattr(weights.get(name), "shape", None), shape(width, heads)
@@ -99,7 +99,7 @@ def read_header(
     except (ValueError, KeyError, TypeError) as err:
         raise ValueError(f"not a two-tower model: no header in {len(data)} bytes") from err
 
-
+# %% ../../nbs/retrieval/00_embeddings.ipynb #a75a2650
 def read_encoder(
     data: bytes,  # of a model's file
 ) -> CustomerEncoder:
@@ -159,7 +159,7 @@ def _get_gap_band(days: int) -> int:
         band += 1
     return band
 
-
+# %% ../../nbs/retrieval/00_embeddings.ipynb #0b501bef
 @jit
 def _encode_purchases(
     encoder: CustomerEncoder,
@@ -219,7 +219,7 @@ def _to_int8(vector: np.ndarray, quantised: np.ndarray) -> None:
     for column in range(vector.size):
         quantised[column] = np.rint(127 * vector[column] / max(math.sqrt(squared_norm), 1e-12))
 
-
+# %% ../../nbs/retrieval/00_embeddings.ipynb #bb61cb68
 @jit
 def _apply_gelu(values: np.ndarray) -> None:
     """Apply GELU (Hendrycks & Gimpel, 2016) in place."""

@@ -203,7 +203,7 @@ def _add_neighbours(
             add(out.acc, table.indices[entry], weight * table.data[entry])
     return take_top(out, NO_TIES)
 
-
+# %% ../../nbs/retrieval/08_item_neighbours.ipynb #ff1315c2
 @jit
 def _count_recent(customer: CustomerView) -> int:
     """Return the number of articles to look at: the last ones."""

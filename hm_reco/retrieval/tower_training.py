@@ -49,7 +49,7 @@ def _to_age_band() -> pl.Expr:
     band = (pl.col("age") // 10).clip(1, N_AGE_BANDS - 1)
     return band.fill_null(0).cast(pl.Int64).cast(pl.Int8)
 
-
+# %% ../../nbs/retrieval/15_tower_training.ipynb #48c70146
 def build_interactions(
     history: History,
     active_since: date | None = None,  # only customers with a purchase from this day on
@@ -173,7 +173,7 @@ def _store_optimizer(model: TwoTower, optimizer: torch.optim.Adam) -> None:
         for kind in ADAM_STATE
     }
 
-
+# %% ../../nbs/retrieval/15_tower_training.ipynb #6759ec19
 def _restore_optimizer(model: TwoTower, optimizer: torch.optim.Adam) -> None:
     """Copy the state in the model to a new optimizer."""
     for name, weight in model.named_parameters():
@@ -199,7 +199,7 @@ Wrap = Callable[[nn.Module], nn.Module]  # synchronises processes, see `ranking.
 def _leave_as_is(module: nn.Module) -> nn.Module:
     return module
 
-
+# %% ../../nbs/retrieval/15_tower_training.ipynb #42cc6da5
 class TowerTrainer:
     """A model with its optimizer and its training purchases, on one device."""
 
@@ -265,7 +265,7 @@ def _select_examples(model: TwoTower, interactions: Interactions) -> Tensor:
     newest = torch.sort(interactions.day[index], descending=True, stable=True).indices
     return index[newest[: model.settings.max_examples]]
 
-
+# %% ../../nbs/retrieval/15_tower_training.ipynb #23832812
 def _build_batches(model: TwoTower, interactions: Interactions, day: date) -> list[Tensor]:
     """Return batches of the new examples, shuffled for each epoch."""
     settings, index = model.settings, _select_examples(model, interactions)

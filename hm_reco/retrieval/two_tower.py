@@ -50,7 +50,7 @@ class Vocabulary:
     words: list[str]
     codes: dict[str, list[int]]  # by attribute
 
-
+# %% ../../nbs/retrieval/01_two_tower.ipynb #a60a029d
 def build_vocabulary(
     articles: pl.DataFrame,  # of a `History`
     min_articles: int = 3,  # that a word occurs in
@@ -264,7 +264,7 @@ def _embed_articles(model: TwoTower, features: ArticleFeatures) -> np.ndarray:
     quantised: np.ndarray = torch.round(torch.cat(vectors).float() * 127).to(torch.int8).numpy()
     return quantised
 
-
+# %% ../../nbs/retrieval/01_two_tower.ipynb #fe535c79
 def build_space(
     model: TwoTower,
     history: History,  # has the articles, and prices as paid before its day
@@ -303,7 +303,7 @@ def _select_group(tensors: Mapping[str, Tensor], group: str) -> dict[str, Tensor
     prefix = f"{group}/"
     return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
 
-
+# %% ../../nbs/retrieval/01_two_tower.ipynb #76bf7faf
 def _create_model(header: Mapping[str, Any], weights: dict[str, Tensor]) -> TwoTower:
     """Create a model; its sizes are compared with those of the weights before it takes memory."""
     arguments = Vocabulary(**header["vocabulary"]), TwoTowerSettings(**header["settings"])

@@ -89,7 +89,7 @@ def _find(sorted_values: np.ndarray, value: int) -> int:
     is_found = position < sorted_values.size and sorted_values[position] == value
     return int(position) if is_found else -1
 
-
+# %% ../../nbs/retrieval/09_user_neighbours.ipynb #7799de53
 @jit
 def _measure_length(customer: CustomerView) -> float:
     """Return the length of the customer's decayed purchases as a vector."""

@@ -172,7 +172,7 @@ def _check_range(name: str, values: np.ndarray, minimum: int, limit: int) -> Non
         found = f"{values.min()} to {values.max()}"
         raise SnapshotError(f"{name}: {found}, not {minimum} to {limit - 1}")
 
-
+# %% ../../nbs/serving/05_array_file.ipynb #6b9a55ac
 def _check_lists(
     name: str, indptr: np.ndarray, min_lists: int, indices: np.ndarray, limit: int
 ) -> None:

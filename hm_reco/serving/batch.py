@@ -72,7 +72,7 @@ def _get_part_path(lake: Lake, key: str, shard: int, shards: int) -> LakePath:
 def _cast_source() -> pl.Expr:
     return pl.col("source").cast(pl.String).cast(pl.Enum(SOURCE_NAMES))
 
-
+# %% ../../nbs/serving/07_batch.ipynb #f8e7e8e1
 def _write_part(path: LakePath, lists: pl.DataFrame) -> None:
     buffer = BytesIO()
     lists.with_columns(pl.col("source").cast(pl.String)).write_parquet(buffer)

@@ -28,7 +28,7 @@ class Eligibility(NamedTuple):
     mask: np.ndarray  # bool by article; empty: all
     backfill: np.ndarray  # int32, best sellers among them, for lists that are too short
 
-
+# %% ../../nbs/serving/02_ranking.ipynb #7b158b11
 def build_eligibility(
     recommender: Recommender,
     mask: np.ndarray,  # bool by article
@@ -71,7 +71,7 @@ def _restrict_articles(aggregates: Aggregates, eligible: Eligibility) -> Aggrega
 def _is_eligible(eligible: Eligibility) -> pl.Expr:
     return pl.col("article").is_in(pl.Series(np.flatnonzero(eligible.mask)).implode())
 
-
+# %% ../../nbs/serving/02_ranking.ipynb #06b7f39f
 def _select_eligible(ranked: pl.DataFrame, eligible: Eligibility) -> pl.DataFrame:
     """Return the lists without the other articles, ranked again."""
     if not eligible.mask.size:

@@ -73,7 +73,7 @@ class CustomerRecommendation(NamedTuple):
     scores: list[float]
     sources: list[str]
 
-
+# %% ../../nbs/serving/04_recommend.ipynb #5186e9c0
 def _to_recommendation(
     recommender: Recommender, top_k: TopK, n: int, cold: bool
 ) -> CustomerRecommendation:
@@ -89,7 +89,7 @@ def _find_rows(recommender: Recommender, customer_ids: Sequence[str]) -> np.ndar
     rows = np.array([get_index(recommender.customer_ids, id_) for id_ in customer_ids])
     return np.where(rows < 0, len(recommender.customers.customer) - 1, rows)
 
-
+# %% ../../nbs/serving/04_recommend.ipynb #1c40de17
 def recommend(
     recommender: Recommender,
     customer_ids: Sequence[str],  # external ids; unknown ones get best sellers

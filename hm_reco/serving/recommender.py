@@ -63,7 +63,7 @@ def _append_cold_start(customers: CustomerArrays, cold_start: CustomerArrays) ->
     }
     return CustomerArrays(**merged | {"start": np.append(customers.start, customers.start[-1])})
 
-
+# %% ../../nbs/serving/01_recommender.ipynb #f73ae656
 def _build_customers(
     history: History, aggregates: Aggregates, ordered: pl.DataFrame
 ) -> CustomerArrays:
@@ -118,7 +118,7 @@ def count_purchases(
     """Return the number of purchases of the customers in some rows."""
     return customers.start[rows + 1] - customers.start[rows]
 
-
+# %% ../../nbs/serving/01_recommender.ipynb #4d7047fd
 def locate_purchases(
     customers: CustomerArrays,
     rows: np.ndarray,  # of customers

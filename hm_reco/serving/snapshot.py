@@ -177,7 +177,7 @@ def _read_manifest(lake: Lake, version: str, name: str) -> dict[str, Any]:
         raise SnapshotError(f"{path}: more than {MAX_MANIFEST_BYTES} bytes")
     return dict(json.loads(path.read_text()))
 
-
+# %% ../../nbs/serving/06_snapshot.ipynb #38ec62d9
 def _fetch_verified(lake: Lake, folder: tuple[str, ...], name: str, sha256: str) -> Path:
     """Fetch a file of a snapshot to this machine and verify its checksum in the manifest."""
     path = resolve_file(lake, *folder, name)

@@ -62,6 +62,6 @@ def build_metrics(
         "trials": trained.tuned.trials.height if trained.tuned else 0,
     }
 
-
+# %% ../../nbs/stages/40_training.ipynb #732dcb54
 def _round(interval: Interval) -> list[float]:
     return [round(value, 6) for value in (interval.mean, interval.low, interval.high)]
