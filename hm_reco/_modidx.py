@@ -1037,6 +1037,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'hm_reco.lake.storage.Storage.path': ('lake/storage.html#storage.path', 'hm_reco/lake/storage.py'),
                                       'hm_reco.lake.storage.Storage.read_files': ( 'lake/storage.html#storage.read_files',
                                                                                    'hm_reco/lake/storage.py'),
+                                      'hm_reco.lake.storage._describe_file': ( 'lake/storage.html#_describe_file',
+                                                                               'hm_reco/lake/storage.py'),
                                       'hm_reco.lake.storage._get_prefix_overrides': ( 'lake/storage.html#_get_prefix_overrides',
                                                                                       'hm_reco/lake/storage.py'),
                                       'hm_reco.lake.storage._open_file': ('lake/storage.html#_open_file', 'hm_reco/lake/storage.py'),

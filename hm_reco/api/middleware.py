@@ -106,11 +106,11 @@ def add_problems(app: FastAPI) -> None:
     for error, handler in handlers.items():
         app.add_exception_handler(error, handler)
 
-# %% ../../nbs/api/04_middleware.ipynb #3321def1
+# %% ../../nbs/api/04_middleware.ipynb #2f835002
 MAX_DEPTH = 16
 _STRINGS, _BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"'), re.compile(rb"[\[{\]}]")
 
-
+# %% ../../nbs/api/04_middleware.ipynb #3321def1
 def measure_depth(
     body: bytes,  # a JSON text, valid or not
 ) -> int:  # 0 if it has at most `MAX_DEPTH` brackets
@@ -194,10 +194,10 @@ def is_valid_key(
     digest = hashlib.sha256(key.encode()).digest()
     return sum(hmac.compare_digest(digest, expected) for expected in hashes) > 0
 
-# %% ../../nbs/api/04_middleware.ipynb #9e5158a3
+# %% ../../nbs/api/04_middleware.ipynb #0139c680
 PUBLIC_PATHS = ("/healthz", "/readyz")  # for the platform, without key and rate limit
 
-
+# %% ../../nbs/api/04_middleware.ipynb #9e5158a3
 def check_access(
     scope: Scope, headers: dict[bytes, bytes], hashes: list[bytes], bucket: TokenBucket
 ) -> Response | None:  # None: allowed

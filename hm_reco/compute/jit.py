@@ -54,10 +54,10 @@ def _get_cache_folder() -> str:
 if not config.CACHE_DIR:  # type: ignore[attr-defined]
     config.CACHE_DIR = _get_cache_folder()  # type: ignore[attr-defined]
 
-# %% ../../nbs/compute/02_jit.ipynb #3b9925cf
+# %% ../../nbs/compute/02_jit.ipynb #f426552e
 T = TypeVar("T")
 
-
+# %% ../../nbs/compute/02_jit.ipynb #3b9925cf
 def as_readonly(
     values: T,  # an array, or a tuple (of tuples) with arrays; other values stay as they are
 ) -> T:  # views; arrays in another order than C are copied

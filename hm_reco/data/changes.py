@@ -21,9 +21,7 @@ from ..lake.storage import Lake
 from ..lake.tables import get_table_version, has_table, open_table, scan
 
 # %% ../../nbs/data/09_changes.ipynb #acb2d6ae
-def to_week_start(
-    day: pl.Expr,  # date
-) -> pl.Expr:
+def to_week_start(day: pl.Expr) -> pl.Expr:  # date
     """Return the Monday of a day's week, which identifies the week."""
     return day.dt.truncate("1w")
 

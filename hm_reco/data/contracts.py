@@ -101,9 +101,7 @@ SCHEMAS: dict[str, type[dy.Schema]] = {
 }
 
 # %% ../../nbs/data/00_contracts.ipynb #1abdcddb
-def get_columns(
-    table: str,  # a key of `SCHEMAS`
-) -> list[str]:
+def get_columns(table: str) -> list[str]:  # a key of `SCHEMAS`
     """Return the source columns of a table, in order."""
     own_columns = SourceSchema.column_names()
     return [name for name in SCHEMAS[table].column_names() if name not in own_columns]

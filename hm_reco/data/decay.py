@@ -18,9 +18,7 @@ def to_days_ago(
     return (pl.lit(day) - pl.col("day")).dt.total_days().cast(pl.Int32)
 
 # %% ../../nbs/data/10_decay.ipynb #3db94239
-def decay(
-    half_life: float,  # days
-) -> pl.Expr:
+def decay(half_life: float) -> pl.Expr:  # days
     """Return the weight of a purchase `days_ago` days old; it halves every `half_life` days."""
     return 0.5 ** (pl.col("days_ago") / half_life)
 

@@ -30,16 +30,12 @@ def _to_days(frame: pl.LazyFrame) -> pl.LazyFrame:
     return frame.with_columns(_truncate_time()) if _has_times(frame) else frame
 
 # %% ../../nbs/data/08_file_formats.ipynb #f691fdf3
-def scan_csv(
-    path: Path,  # also compressed
-) -> pl.LazyFrame:
+def scan_csv(path: Path) -> pl.LazyFrame:  # also compressed
     """Scan a csv file with a header; all values are text."""
     return _to_days(pl.scan_csv(path, infer_schema=False))
 
 # %% ../../nbs/data/08_file_formats.ipynb #b3077d3a
-def scan_json_lines(
-    path: Path,  # one JSON object in each line
-) -> pl.LazyFrame:
+def scan_json_lines(path: Path) -> pl.LazyFrame:  # one JSON object in each line
     """Scan a file of JSON lines; all values are text, fields that are missing are null."""
     names = pl.scan_ndjson(path, infer_schema_length=10_000).collect_schema().names()
     return _to_days(pl.scan_ndjson(path, schema=dict.fromkeys(names, pl.String)))
@@ -74,9 +70,7 @@ def get_suffix(
     return max((suffix for suffix in SUFFIXES if name.endswith(suffix)), key=len, default="")
 
 # %% ../../nbs/data/08_file_formats.ipynb #a5cfe7c2
-def read_file(
-    path: Path,  # in a format of `FILE_FORMATS`
-) -> pl.LazyFrame:
+def read_file(path: Path) -> pl.LazyFrame:  # in a format of `FILE_FORMATS`
     """Read a file as a lazy frame; csv and JSON lines stay text."""
     suffix = get_suffix(path.name) or ".csv"
     [file_format] = [known for known in FILE_FORMATS if known.suffix == suffix]

@@ -264,9 +264,7 @@ def pack(
     return {c.name: (c.dtype, c.to_physical().to_numpy()) for c in table}
 
 # %% ../../nbs/data/07_history.ipynb #7318c517
-def unpack(
-    packed: Mapping[str, tuple[Any, Any]],  # of `pack`
-) -> pl.DataFrame:
+def unpack(packed: Mapping[str, tuple[Any, Any]]) -> pl.DataFrame:  # of `pack`
     """Return the packed table; it shares the memory of the arrays."""
     return pl.DataFrame([pl.Series(n, a).cast(t) for n, (t, a) in packed.items()])
 

@@ -69,9 +69,7 @@ class IdTables(NamedTuple):
     customers: pl.DataFrame
 
 
-def load_ids(
-    lake: Lake,  # with processed/articles and processed/customers
-) -> IdTables:
+def load_ids(lake: Lake) -> IdTables:  # with processed/articles and processed/customers
     """Load the ids with their numbers."""
     articles = scan(lake, ARTICLES).select("article_id", "article").collect()
     return IdTables(articles, scan(lake, CUSTOMERS).select("customer_id", "customer").collect())

@@ -98,9 +98,7 @@ def check_labels(sources: list[Source]) -> list[Source]:  # the same
 SourceList = Annotated[list[Source], AfterValidator(check_labels)]  # for a parameters cell
 
 # %% ../../nbs/data/01_sources.ipynb #3c576324
-def parse_sources(
-    sources: Iterable[Mapping[str, Any]],  # the fields of `Source`
-) -> list[Source]:
+def parse_sources(sources: Iterable[Mapping[str, Any]]) -> list[Source]:  # the fields of `Source`
     """Parse declarations from parameters; raises `ValueError` with the source and the field."""
     parsed = []
     for position, content in enumerate(sources, 1):

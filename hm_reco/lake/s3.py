@@ -24,9 +24,7 @@ from cloudpathlib import CloudPath, S3Client
 from .settings import Settings, get_boto3_options, get_storage_options
 
 # %% ../../nbs/lake/11_s3.ipynb #3e0faf70
-def split_uri(
-    uri: str,  # s3://bucket/key; the key may be empty
-) -> tuple[str, str]:
+def split_uri(uri: str) -> tuple[str, str]:  # s3://bucket/key; the key may be empty
     """Return bucket and key of a URI."""
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     return bucket, key
@@ -38,17 +36,14 @@ def get_relative_name(
 ) -> str:  # empty when the object is not below the prefix
     """Return an object's name below a prefix."""
     name = key.removeprefix(prefix)
-    if name and prefix and not name.startswith("/"):
-        return ""  # `prefix` also begins another name
-    return name.strip("/") or PurePosixPath(prefix).name
+    begins_another = bool(name and prefix) and not name.startswith("/")
+    return "" if begins_another else name.strip("/") or PurePosixPath(prefix).name
 
 # %% ../../nbs/lake/11_s3.ipynb #36c9e285
 CONFLICT_CODES = (404, 409, 412)  # another process changed or removed the object
 
 
-def build_condition(
-    tag: str,  # the last one read; empty: no object
-) -> dict[str, str]:
+def build_condition(tag: str) -> dict[str, str]:  # the last one read; empty: no object
     """Build the condition of a write: the object still has this tag, or still does not exist."""
     return {"IfMatch": tag} if tag else {"IfNoneMatch": "*"}
 
@@ -115,10 +110,7 @@ class S3Storage:
     def _s3(self) -> Any:
         return self.client.client
 
-    def path(
-        self,
-        uri: str,
-    ) -> CloudPath:
+    def path(self, uri: str) -> CloudPath:
         """Return a file or folder as a `pathlib`-like object."""
         return self.client.CloudPath(uri)
 
@@ -133,10 +125,7 @@ class S3Storage:
         bodies = [self._s3.get_object(Bucket=bucket, Key=name)["Body"].read() for name in keys]
         return {PurePosixPath(n).name: body for n, body in zip(keys, bodies, strict=True)}
 
-    def iter_files(
-        self,
-        uri: str,  # a prefix or an object
-    ) -> Iterator[StoredFile]:
+    def iter_files(self, uri: str) -> Iterator[StoredFile]:  # a prefix or an object
         """Iterate over the files below a URI, or the one at it."""
         bucket, prefix = split_uri(uri)
         pages = self._s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
@@ -149,10 +138,7 @@ class S3Storage:
         body: IO[bytes] = self._s3.get_object(Bucket=bucket, Key=key)["Body"]
         return body
 
-    def abort_uploads(
-        self,
-        uri: str,  # a folder
-    ) -> None:
+    def abort_uploads(self, uri: str) -> None:  # a folder
         """Abort incomplete multipart uploads: they are invisible, but cost money."""
         bucket, prefix = split_uri(uri)
         pages = self._s3.get_paginator("list_multipart_uploads").paginate(
@@ -162,10 +148,7 @@ class S3Storage:
             location = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
             self._s3.abort_multipart_upload(**location)
 
-    def open_object(
-        self,
-        uri: str,  # of a JSON file
-    ) -> S3Object:
+    def open_object(self, uri: str) -> S3Object:  # of a JSON file
         """Return a file that is written only if it has not changed."""
         return S3Object(self._s3, *split_uri(uri))
 
@@ -184,8 +167,6 @@ def _build_client(settings: Settings) -> S3Client:
     )
 
 # %% ../../nbs/lake/11_s3.ipynb #65e0a2a8
-def build_s3_storage(
-    settings: Settings,  # with endpoint, region and credentials
-) -> S3Storage:
+def build_s3_storage(settings: Settings) -> S3Storage:  # with endpoint, region and credentials
     """Build the access to S3; sends no request."""
     return S3Storage(_build_client(settings), get_storage_options(settings))

@@ -377,9 +377,7 @@ def _get_credentials(settings: Settings) -> dict[str, str]:
     return {name: key.get_secret_value() for name in names if (key := getattr(settings, name))}
 
 # %% ../../nbs/lake/00_settings.ipynb #ffefa11d
-def get_boto3_options(
-    settings: Settings,  # with region, endpoint and keys
-) -> dict[str, str]:
+def get_boto3_options(settings: Settings) -> dict[str, str]:  # with region, endpoint and keys
     """Return the S3 options as arguments of `boto3.Session` and its clients."""
     names = {"aws_region": "region_name", "aws_endpoint_url": "endpoint_url"}
     options = get_storage_options(settings)

@@ -59,6 +59,11 @@ class Storage(Protocol):
 def _open_file(path: Path) -> IO[bytes]:
     return path.open("rb")
 
+
+def _describe_file(path: Path, name: str) -> StoredFile:
+    stat = path.stat()
+    return StoredFile(name, f"{stat.st_size} {stat.st_mtime_ns}", partial(_open_file, path))
+
 # %% ../../nbs/lake/01_storage.ipynb #ed53d030
 @dataclass(frozen=True)
 class FolderStorage:
@@ -68,40 +73,23 @@ class FolderStorage:
     is_local = True
     errors = (OSError,)
 
-    def path(
-        self,
-        uri: str,  # a path
-    ) -> Path:
+    def path(self, uri: str) -> Path:  # a path
         """Return a file or folder."""
         return Path(uri)
 
-    def read_files(
-        self,
-        uri: str,  # a folder; it may be missing
-    ) -> dict[str, bytes]:
+    def read_files(self, uri: str) -> dict[str, bytes]:  # a folder; it may be missing
         """Read the files directly in a folder, by name."""
         return {path.name: path.read_bytes() for path in Path(uri).glob("*") if path.is_file()}
 
-    def iter_files(
-        self,
-        uri: str,  # a folder
-    ) -> Iterator[StoredFile]:
+    def iter_files(self, uri: str) -> Iterator[StoredFile]:  # a folder
         """Iterate over the files below a folder."""
         for path in (path for path in Path(uri).rglob("*") if path.is_file()):
-            stat, name = path.stat(), path.relative_to(uri).as_posix()
-            etag = f"{stat.st_size} {stat.st_mtime_ns}"
-            yield StoredFile(name, etag, partial(_open_file, path))
+            yield _describe_file(path, path.relative_to(uri).as_posix())
 
-    def abort_uploads(
-        self,
-        uri: str,
-    ) -> None:
+    def abort_uploads(self, uri: str) -> None:
         """Do nothing: a file appears when it is complete."""
 
-    def open_object(
-        self,
-        uri: str,
-    ) -> None:
+    def open_object(self, uri: str) -> None:
         """Return None: a file on a disk can be locked."""
 
 # %% ../../nbs/lake/01_storage.ipynb #df4c4a00
@@ -176,9 +164,7 @@ def get_owner(
     return rest.split("-")[0] if folder == DERIVED else TABLE_OWNERS.get(folder)
 
 # %% ../../nbs/lake/01_storage.ipynb #ebac5b09
-def list_owned_folders(
-    stage: str,  # of the pipeline, or a custom one
-) -> list[str]:
+def list_owned_folders(stage: str) -> list[str]:  # of the pipeline, or a custom one
     """List the folders of a stage's tables."""
     folders = [folder for folder, owner in TABLE_OWNERS.items() if owner == stage]
     return folders or [f"{DERIVED}/{stage}"]
@@ -222,9 +208,7 @@ def read_published(
     return {Path(n).stem: json.loads(body) for n, body in files.items() if n.endswith(".json")}
 
 # %% ../../nbs/lake/01_storage.ipynb #2b579850
-def resolve_path(
-    path: str,  # absolute, with `~`, or relative to the project's root
-) -> Path:
+def resolve_path(path: str) -> Path:  # absolute, with `~`, or relative to the project's root
     """Resolve a path; outside a project, a relative one begins at the working folder."""
     settings_file = find_settings_file()
     return (settings_file.parent if settings_file else Path.cwd()) / Path(path).expanduser()

@@ -173,9 +173,7 @@ def delete_rows(lake: Lake, name: str, predicate: str) -> int:  # version of the
     return refresh_version(lake, name)
 
 # %% ../../nbs/lake/02_tables.ipynb #ebfc110e
-def list_table_names(
-    lake: Lake,  # its base, if it is a branch, does not count
-) -> list[str]:
+def list_table_names(lake: Lake) -> list[str]:  # its base, if it is a branch, does not count
     """List all tables of a lake, visible or not: `folder/name`, sorted."""
     folder_by_prefix = {prefix: folder for folder, prefix in lake.prefixes.items()}
     table_paths = [path.parent for path in lake.path().glob("*/*/_delta_log")]

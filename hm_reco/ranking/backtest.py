@@ -42,11 +42,11 @@ from ..retrieval.embeddings import EmbeddingSpace
 from ..retrieval.tower_training import fit_until
 from ..retrieval.two_tower import TwoTower
 
-# %% ../../nbs/ranking/19_backtest.ipynb #81d458d1
+# %% ../../nbs/ranking/19_backtest.ipynb #3ba8b761
 MAX_TRAINING_ROWS = 1_000_000  # candidates in training, approximately; positives always stay
 MIN_NEGATIVES_PER_POSITIVE, MAX_NEGATIVES_PER_POSITIVE = 12, 50
 
-
+# %% ../../nbs/ranking/19_backtest.ipynb #81d458d1
 def downsample_week(
     plan: BacktestPlan,
     weeks_back: int,  # weeks before `plan.as_of`
@@ -81,10 +81,7 @@ class WeekJob(Generic[ResultT]):
     budget: Mapping[str, int]
     process_week: ProcessWeek[ResultT]
 
-    def build(
-        self,
-        task: WeekTask,
-    ) -> WeekData:
+    def build(self, task: WeekTask) -> WeekData:
         """Build the week as of its first day."""
         plan, day = self.plan, self.plan.get_week_start(task.weeks_back)
         sizes = plan.horizon_days, plan.customers_per_week, plan.seed
@@ -100,10 +97,7 @@ class WeekJob(Generic[ResultT]):
         result = self.process_week(self.plan, weeks_back, week, matrix)
         return result, downsample_week(self.plan, weeks_back, matrix)
 
-    def __call__(
-        self,
-        task: WeekTask,
-    ) -> tuple[ResultT, FeatureMatrix]:
+    def __call__(self, task: WeekTask) -> tuple[ResultT, FeatureMatrix]:
         """Build the week of a task and process it."""
         return self.run(task.weeks_back, self.build(task))
 
@@ -158,10 +152,7 @@ class WalkForward:
             self.train_tower(past)
             yield WeekTask(weeks_back, self.two_tower.build_space(past) if self.two_tower else None)
 
-    def measure_sources(
-        self,
-        oldest: int,  # weeks before `plan.as_of`
-    ) -> SourceRecall:
+    def measure_sources(self, oldest: int) -> SourceRecall:  # weeks before `plan.as_of`
         """Build the oldest weeks until they have enough buyers; measure the sources on them."""
         candidates: list[Candidates] = []
         seconds = dict.fromkeys(SOURCE_NAMES, 0.0)
@@ -212,10 +203,7 @@ class Backtest:
         self.matrices += [matrix for _, matrix in results]
         return [result for result, _ in results]
 
-    def train(
-        self,
-        settings: RankerSettings,
-    ) -> Ranker:
+    def train(self, settings: RankerSettings) -> Ranker:
         """Train a ranker on the latest weeks."""
         latest = self.matrices[-self.walk_forward.plan.pooled_weeks :]  # type: ignore[operator]
         return self.walk_forward.backend.train_ranker(latest, settings)

@@ -56,7 +56,7 @@ def backfill(
 
 # %% ../../nbs/ranking/12_baselines.ipynb #66f3fad1
 def _history_baseline(half_life: float) -> Baseline:
-    def rank_history(
+    def _rank_history(
         aggregates: Aggregates, purchases: pl.DataFrame, customers: pl.DataFrame, count: int
     ) -> pl.DataFrame:
         by_article = purchases.group_by("customer", "article")
@@ -66,7 +66,7 @@ def _history_baseline(half_life: float) -> Baseline:
         ranked = rank_by_score(scores, count, "popularity")
         return backfill(ranked, rank_best_sellers(aggregates, customers, 2 * count), count)
 
-    return rank_history
+    return _rank_history
 
 # %% ../../nbs/ranking/12_baselines.ipynb #fc93f292
 def _item_knn_baseline(

@@ -17,10 +17,10 @@ import numpy as np
 from .features import FeatureMatrix
 from .ranker import RankerKind, RankerSettings, pool_weeks
 
-# %% ../../nbs/ranking/10_catboost.ipynb #43d6d6e9
+# %% ../../nbs/ranking/10_catboost.ipynb #d383a9bc
 LOSSES = {"binary": "Logloss", "lambdarank": "YetiRank"}
 
-
+# %% ../../nbs/ranking/10_catboost.ipynb #43d6d6e9
 def to_catboost_parameters(settings: RankerSettings) -> dict[str, Any]:
     """Translate the settings to CatBoost's parameters; the others keep their defaults."""
     return {

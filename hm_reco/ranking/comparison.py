@@ -78,9 +78,7 @@ def compare_with_baselines(
     return BaselineComparison(baseline, improvement, intervals, metric)
 
 # %% ../../nbs/ranking/20_comparison.ipynb #54556487
-def to_comparison_table(
-    comparison: BaselineComparison,
-) -> pd.DataFrame:  # a row per method
+def to_comparison_table(comparison: BaselineComparison) -> pd.DataFrame:  # a row per method
     """Return the metric over all customer-weeks by method, with its 95 % interval."""
     label = str(comparison.metric)
     rows = {

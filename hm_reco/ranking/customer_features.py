@@ -113,7 +113,7 @@ def fill_customer(inputs: FeatureInputs, values: np.ndarray, out: np.ndarray) ->
 # %% ../../nbs/ranking/03_customer_features.ipynb #2687f376
 CUSTOMER_BLOCK = FeatureBlock(CUSTOMER_FEATURES, fill_customer)
 
-# %% ../../nbs/ranking/03_customer_features.ipynb #476222cb
+# %% ../../nbs/ranking/03_customer_features.ipynb #98a28f40
 DEMOGRAPHIC_FEATURES = (
     Feature("age", "age of the customer", "years", "", CUSTOMER, LATEST),
     Feature("active", "marked as active by the retailer", "0 or 1", "", CUSTOMER, LATEST),
@@ -121,7 +121,7 @@ DEMOGRAPHIC_FEATURES = (
     Feature("club", "club membership: -1 unknown, 0, 1, 2", "code", "", CUSTOMER, LATEST),
 )
 
-
+# %% ../../nbs/ranking/03_customer_features.ipynb #476222cb
 @jit
 def fill_demographics(inputs: FeatureInputs, values: np.ndarray, out: np.ndarray) -> None:
     """Fill in the customer's attributes."""

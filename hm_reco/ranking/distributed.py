@@ -60,10 +60,10 @@ def _release_placement_groups() -> None:
         if name.endswith(job) and info["state"] != "REMOVED":
             remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(name)))
 
-# %% ../../nbs/ranking/21_distributed.ipynb #793626bf
+# %% ../../nbs/ranking/21_distributed.ipynb #1cfd4c8c
 TrainLoop = Callable[[dict[str, Any]], Any]  # of a process, from its configuration to its result
 
-
+# %% ../../nbs/ranking/21_distributed.ipynb #793626bf
 def _fit(trainer: Any, workers: int) -> Any:
     """Train; raise `ClusterError` after `MAX_TASK_RETRIES` retries."""
     from ray import train

@@ -47,9 +47,7 @@ def build_ground_truth(
     return add_flags(purchases, is_repurchase=week.purchases, is_candidate=matrix.pairs)
 
 # %% ../../nbs/ranking/18_evaluation.ipynb #276af57f
-def describe_customers(
-    week: WeekData,
-) -> pl.DataFrame:
+def describe_customers(week: WeekData) -> pl.DataFrame:
     """Return the week's buyers: `age` (band), `activity`, `channel`, `purchases` (articles)."""
     days_ago, customer = pl.col("days_ago"), "customer"
     past = week.purchases.group_by(customer).agg(
@@ -64,10 +62,10 @@ def describe_customers(
     joined = customers.join(counts, on=customer)
     return joined.select(customer, "age", "purchases", activity=activity, channel=channel)
 
-# %% ../../nbs/ranking/18_evaluation.ipynb #a84e7996
+# %% ../../nbs/ranking/18_evaluation.ipynb #36bf4844
 LIST_LENGTH = 12  # articles of a list, or more where the metric reads more
 
-
+# %% ../../nbs/ranking/18_evaluation.ipynb #a84e7996
 def rank_week(
     ranker: Ranker,
     week: WeekData,
@@ -89,9 +87,8 @@ def label_lists(
 ) -> pl.DataFrame:
     """Add the `method`, and the flags `hit` and `is_repurchase`."""
     ranked = lists.select("customer", "article", pl.col("rank").cast(pl.Int16))
-    ranked = ranked.sort("customer", "rank")
-    flagged = add_flags(ranked, hit=week.ground_truth, is_repurchase=week.purchases)
-    return flagged.with_columns(method=pl.lit(method))
+    ranked = ranked.sort("customer", "rank").with_columns(method=pl.lit(method))
+    return add_flags(ranked, hit=week.ground_truth, is_repurchase=week.purchases)
 
 # %% ../../nbs/ranking/18_evaluation.ipynb #93cb32ed
 def compute_scores(

@@ -31,7 +31,7 @@ from ..retrieval.candidate_sources import SOURCE_FEATURES, SOURCE_LIMITS, SOURCE
 from ..retrieval.candidates import Candidates, generate_candidates
 from ..retrieval.purchase_history import PAST_PURCHASES
 
-# %% ../../nbs/ranking/05_features.ipynb #374e3d7b
+# %% ../../nbs/ranking/05_features.ipynb #fcfaef21
 SOURCE_BLOCK_FEATURES = tuple(
     Feature(f"{source.name}_{kind}", f"{kind} by the source {source.name}", kind, "all", reason)
     for source in SOURCES
@@ -39,7 +39,7 @@ SOURCE_BLOCK_FEATURES = tuple(
     for kind in ("score", "rank")
 )
 
-
+# %% ../../nbs/ranking/05_features.ipynb #374e3d7b
 @jit
 def fill_sources(inputs: FeatureInputs, values: np.ndarray, out: np.ndarray) -> None:
     """Copy score and rank of each source; NaN where it did not propose the candidate."""
@@ -109,9 +109,7 @@ def build_catalogue() -> pl.DataFrame:
     return pl.DataFrame(FEATURES, Feature._fields, orient="row")
 
 
-def get_reason(
-    feature: str,  # its name
-) -> str:
+def get_reason(feature: str) -> str:  # its name
     """Return the reason that a feature belongs to in explanations."""
     return _REASONS[feature]
 
@@ -196,13 +194,13 @@ def compute_features(
 ) -> FeatureMatrix:
     """Compute the features of candidates."""
 
-    def compute_block(block: slice) -> tuple[np.ndarray]:
+    def _compute_block(block: slice) -> tuple[np.ndarray]:
         rows, start = candidates.rows[block], candidates.start[block.start : block.stop + 1]
         arrays = (candidates.article, candidates.source_scores)
         acc = get_thread_accumulator(index.n_ids)
         return (_compute_features(index, customers, rows, start, *arrays, acc),)
 
-    (values,) = parallel_map(compute_block, len(candidates.rows))
+    (values,) = parallel_map(_compute_block, len(candidates.rows))
     customer, article, start = candidates.customer, candidates.article, candidates.start
     no_label = np.empty(0, np.int8)
     return FeatureMatrix(values, FEATURE_NAMES, customer, article, start, no_label)

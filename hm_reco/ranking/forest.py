@@ -36,11 +36,11 @@ class Forest:
     probability: bool  # scores are probabilities (binary model); else only their order counts
     nodes: Nodes
 
-# %% ../../nbs/ranking/07_forest.ipynb #dbb216dc
+# %% ../../nbs/ranking/07_forest.ipynb #a17d2342
 MAX_LEAVES = 64  # bits of the largest integer
 NodeRow = tuple[int, float, bool, int]  # feature, threshold, missing right, leaves on the left
 
-
+# %% ../../nbs/ranking/07_forest.ipynb #dbb216dc
 def _collect_nodes(node: dict[str, Any], leaves: list[float], nodes: list[NodeRow]) -> None:
     """Add the leaves and nodes below a node of LightGBM's dump."""
     if "split_feature" not in node:
@@ -79,9 +79,7 @@ def _pad_leaves(trees: Sequence[Sequence[float]]) -> np.ndarray:
     return table
 
 # %% ../../nbs/ranking/07_forest.ipynb #25d4c03d
-def build_forest(
-    booster: lgb.Booster,  # with at most `MAX_LEAVES` leaves in a tree
-) -> Forest:
+def build_forest(booster: lgb.Booster) -> Forest:  # with at most `MAX_LEAVES` leaves in a tree
     """Build a forest from a booster. Raises `ValueError` for larger trees."""
     model = booster.dump_model()
     trees: list[list[float]] = []
@@ -165,9 +163,7 @@ def _check_trees(text: str, head: str) -> None:
         raise ValueError(f"{len(sizes)} trees do not end at the offset in `tree_sizes`")
 
 # %% ../../nbs/ranking/07_forest.ipynb #e795e0a7
-def check_trees(
-    text: str,  # of a LightGBM model
-) -> None:
+def check_trees(text: str) -> None:  # of a LightGBM model
     """Raise `ValueError` when the text is not safe to parse."""
     try:
         _check_trees(text, text.partition("\nTree=")[0])

@@ -24,9 +24,7 @@ from .validation import ValidationSet
 SMOOTHING_STEPS = 4  # neighbours on each side
 
 
-def smooth(
-    values: Sequence[Any],  # of each step: numbers, or arrays of one shape
-) -> np.ndarray:
+def smooth(values: Sequence[Any]) -> np.ndarray:  # of each step: numbers, or arrays of one shape
     """Return the mean of each step and its neighbours."""
     windows = [
         values[max(n - SMOOTHING_STEPS, 0) : n + SMOOTHING_STEPS + 1] for n in range(len(values))

@@ -97,13 +97,10 @@ MAX_K = 100
 DEFAULT_METRIC = "MAP@12"
 
 # %% ../../nbs/ranking/00_metrics.ipynb #81aad244
-def get_metric(
-    label: str,  # a name of `METRICS` with the length of the list: NDCG@10
-) -> Metric:
+def get_metric(label: str) -> Metric:  # a name of `METRICS` with the length of the list: NDCG@10
     """Return a metric by its label. Raises `ValueError` with the names there are."""
-    match = re.fullmatch(r"(\w+)@(\d{1,3})", label)
+    names, match = ", ".join(METRIC_NAMES), re.fullmatch(r"(\w+)@(\d{1,3})", label)
     if not match or match[1] not in METRIC_NAMES or not 1 <= int(match[2]) <= MAX_K:
-        names = ", ".join(METRIC_NAMES)
         raise ValueError(f"expected one of {names} with @1 to @{MAX_K}, found {label!r}")
     return replace(METRICS[METRIC_NAMES.index(match[1])], k=int(match[2]))
 

@@ -40,10 +40,10 @@ class BacktestPlan:
         for oldest in range(self.evaluation_weeks, 0, -self.refit_every):
             yield range(oldest, max(oldest - self.refit_every, 0), -1)
 
-# %% ../../nbs/ranking/16_plan.ipynb #cf532637
+# %% ../../nbs/ranking/16_plan.ipynb #4d004b39
 WARM_UP_DAYS = 28  # first days of the data, without training: no customer has a history yet
 
-
+# %% ../../nbs/ranking/16_plan.ipynb #cf532637
 def count_weekly_buyers(
     plan: BacktestPlan,
     history: History,

@@ -73,10 +73,10 @@ SEARCH_SPACE = [
     "feature_fraction",
 ]
 
-# %% ../../nbs/ranking/15_tuning.ipynb #42552f51
+# %% ../../nbs/ranking/15_tuning.ipynb #ceef45bf
 STUDIES_FOLDER = ("artifacts", "studies")
 
-
+# %% ../../nbs/ranking/15_tuning.ipynb #42552f51
 @contextmanager
 def open_journal(
     lake: Lake,
@@ -136,9 +136,7 @@ def _has_complete_trial(study: optuna.Study) -> bool:
 PATIENCE_STEPS = 8
 
 
-def is_complete(
-    values: np.ndarray,  # smoothed, by step
-) -> bool:
+def is_complete(values: np.ndarray) -> bool:  # smoothed, by step
     """Return whether more trees bring nothing, or are too many."""
     steps_since_best = len(values) - int(np.argmax(values))
     return steps_since_best > PATIENCE_STEPS or len(values) * TREES_PER_STEP >= MAX_TREES
@@ -230,10 +228,7 @@ class Search:
         state = Checkpoint(suggest_settings(trial, self.defaults))
         return TrialRun(self.study, trial, state, self.validation_set, self.save)
 
-    def start_trials(
-        self,
-        minutes: float,  # including those of earlier runs
-    ) -> Iterator[TrialRun]:
+    def start_trials(self, minutes: float) -> Iterator[TrialRun]:  # including those of earlier runs
         """Yield trials until the time is used up."""
         earlier, started = float(self.study.user_attrs.get("seconds", 0.0)), perf_counter()
         while (spent := earlier + perf_counter() - started) < 60 * minutes:

@@ -56,10 +56,10 @@ def _take_customers(matrix: FeatureMatrix, positions: np.ndarray) -> FeatureMatr
     rows = np.repeat(matrix.start[positions] - start[:-1], sizes) + np.arange(start[-1])
     return matrix.take(rows, start)
 
-# %% ../../nbs/ranking/13_validation.ipynb #87207903
+# %% ../../nbs/ranking/13_validation.ipynb #7730d74c
 MAX_VALIDATION_CUSTOMERS = 4_000
 
-
+# %% ../../nbs/ranking/13_validation.ipynb #87207903
 def sample_customers(
     validation_set: ValidationSet,
     count: int,  # customers

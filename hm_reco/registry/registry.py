@@ -60,9 +60,7 @@ def register_model(
     return append(lake, REGISTRY, to_frame([model]), merge_schema=True)
 
 # %% ../../nbs/registry/00_registry.ipynb #e307e86c
-def read_models(
-    lake: Lake,  # with or without a registry
-) -> list[Model]:
+def read_models(lake: Lake) -> list[Model]:  # with or without a registry
     """Return all events, the oldest first."""
     if not has_table(lake, REGISTRY):
         return []
@@ -86,9 +84,7 @@ class NoModelError(LookupError):
     """The lake has no champion model."""
 
 # %% ../../nbs/registry/00_registry.ipynb #006654c4
-def get_champion(
-    lake: Lake,
-) -> str:  # a version
+def get_champion(lake: Lake) -> str:  # a version
     """Return the version of the champion. Raises `NoModelError` when there is none."""
     lineage = list_champions(read_models(lake))
     if not lineage:
@@ -98,10 +94,10 @@ def get_champion(
         )
     return lineage[-1]
 
-# %% ../../nbs/registry/00_registry.ipynb #7242ca7c
+# %% ../../nbs/registry/00_registry.ipynb #a8dd1ca0
 ModelState = Literal["candidate", "champion", "retired"]
 
-
+# %% ../../nbs/registry/00_registry.ipynb #7242ca7c
 def get_model_states(
     events: Sequence[Model],  # the oldest first
 ) -> dict[str, ModelState]:  # by version, the newest last
@@ -253,9 +249,7 @@ def _record(lake: Lake, model: Model, event: Event, reason: str, forced: int = 0
     register_model(lake, Model(**values | {"forced": forced, "reason": reason}))
 
 # %% ../../nbs/registry/00_registry.ipynb #aac3cf2a
-def rollback(
-    lake: Lake,
-) -> tuple[str, str]:  # versions of the old and the new champion
+def rollback(lake: Lake) -> tuple[str, str]:  # versions of the old and the new champion
     """Roll back the last promotion. Raises `NoModelError` when there is no earlier champion."""
     events = read_models(lake)
     lineage = list_champions(events)
@@ -283,21 +277,17 @@ def _build_model_row(model: Model, state: str, latest: Model) -> dict[str, Any]:
     }
 
 # %% ../../nbs/registry/00_registry.ipynb #2531c867
-def build_model_rows(
-    lake: Lake,
-) -> list[dict[str, Any]]:  # a row per model, the newest first
+def build_model_rows(lake: Lake) -> list[dict[str, Any]]:  # a row per model, the newest first
     """Return the rows of `hm models`."""
     events = read_models(lake)
     candidates = {model.version: model for model in events if model.event == "candidate"}
-    latest = {model.version: model for model in events}
-    states = reversed(get_model_states(events).items())
-    return [_build_model_row(candidates[v], state, latest[v]) for v, state in states]
+    latest, states = {model.version: model for model in events}, get_model_states(events)
+    rows = [_build_model_row(candidates[v], state, latest[v]) for v, state in states.items()]
+    return rows[::-1]
 
 # %% ../../nbs/registry/00_registry.ipynb #ea8638c5
 @contextmanager
-def publish_immediately(
-    lake: Lake,
-) -> Iterator[None]:
+def publish_immediately(lake: Lake) -> Iterator[None]:
     """Publish the registry at the end of the `with` block."""
     with ExitStack() as stack:
         with suppress(LeaseError):  # held by a running training

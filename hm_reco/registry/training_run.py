@@ -39,9 +39,7 @@ from hm_reco.retrieval.two_tower import (
 )
 
 # %% ../../nbs/registry/03_training_run.ipynb #f4dd3aeb
-def build_study_name(
-    *depends_on: object,  # each with a `repr` that shows its content
-) -> str:
+def build_study_name(*depends_on: object) -> str:  # each with a `repr` that shows its content
     """Return a name that later runs with the same inputs and code share."""
     return hash_text(repr((depends_on, fingerprint_modules("hm_reco.ranking.backtest"))))
 

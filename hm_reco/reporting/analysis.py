@@ -42,9 +42,7 @@ def _select_shown(result: Evaluation) -> pl.DataFrame:
     return result.lists.filter(pl.col("rank") <= LIST_LENGTH)
 
 # %% ../../nbs/reporting/09_analysis.ipynb #858d5820
-def compute_coverage(
-    result: Evaluation,
-) -> pl.DataFrame:  # the mean over the days
+def compute_coverage(result: Evaluation) -> pl.DataFrame:  # the mean over the days
     """Return `coverage` (0 to 1) and `novelty` (bits) by `method`."""
     on_sale = result.article_stats.filter(is_on_sale())
     share = (pl.col("sold_28") + 1) / (pl.col("sold_28") + 1).sum().over("day")
@@ -56,9 +54,7 @@ def compute_coverage(
     return by_day.group_by("method").agg(coverage=coverage, novelty=pl.col("bits").mean())
 
 # %% ../../nbs/reporting/09_analysis.ipynb #d201fa88
-def compute_diversity(
-    result: Evaluation,
-) -> pl.DataFrame:  # the mean over the lists
+def compute_diversity(result: Evaluation) -> pl.DataFrame:  # the mean over the lists
     """Return `diversity` (0 to 1) by `method`."""
     types, keys = result.article_stats.select("day", "article", "type"), ["day", "article"]
     lists = _select_shown(result).join(types, on=keys, how="left")
@@ -69,9 +65,7 @@ def compute_diversity(
     return by_list.group_by("method").agg(pl.col("diversity").mean())
 
 # %% ../../nbs/reporting/09_analysis.ipynb #91522897
-def compute_quality(
-    result: Evaluation,
-) -> pd.DataFrame:  # a row per method
+def compute_quality(result: Evaluation) -> pd.DataFrame:  # a row per method
     """Return all metrics and the measures above, over all evaluation weeks."""
     first_time = (1 - pl.col("is_repurchase").filter("hit").mean()).alias("first-time hits")
     table = _select_shown(result).group_by("method", maintain_order=True).agg(first_time)
@@ -84,9 +78,7 @@ def compute_quality(
     return pd.DataFrame(rows).set_index("method").rename_axis(None)
 
 # %% ../../nbs/reporting/09_analysis.ipynb #844d4620
-def add_labels(
-    customers: pl.DataFrame,  # of an evaluation: `age` band, `channel`
-) -> pl.DataFrame:
+def add_labels(customers: pl.DataFrame) -> pl.DataFrame:  # of an evaluation: `age` band, `channel`
     """Return the customers with labels in place of codes."""
     ages, channels, text = dict(enumerate(AGE_BAND_LABELS)), CHANNEL_NAMES, pl.String
     return customers.with_columns(

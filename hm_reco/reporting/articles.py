@@ -94,9 +94,7 @@ def count_new_by_week(
 N_PRICE_BANDS = 5
 
 
-def compute_price_bands(
-    articles: pl.DataFrame,  # see `aggregate_by_article`
-) -> pl.DataFrame:
+def compute_price_bands(articles: pl.DataFrame) -> pl.DataFrame:  # see `aggregate_by_article`
     """Return `band`, `from_price`, `articles`, `units` of bands with as many articles each."""
     priced = articles.drop_nulls("price").sort("price", "article").with_row_index("position")
     band = pl.col("position") * N_PRICE_BANDS // max(priced.height, 1) + 1
@@ -164,10 +162,10 @@ def _write_findings(figures: Mapping[str, Any]) -> list[str]:
         f"About {np.mean(counts) if counts else 0:,.0f} articles are new each week{half_life}.",
     ]
 
-# %% ../../nbs/reporting/03_articles.ipynb #d8b91f44
+# %% ../../nbs/reporting/03_articles.ipynb #647f530f
 MIN_NEW_SHARE = 0.2  # of the median number of new articles a week
 
-
+# %% ../../nbs/reporting/03_articles.ipynb #d8b91f44
 def _build_alerts(new_by_week: list[dict[str, Any]]) -> list[Alert]:
     counts = [row["articles"] for row in new_by_week]
     latest, median = (
@@ -194,9 +192,7 @@ def articles_section(
     return Section(name="articles", title="Articles", figures=to_json(figures), **texts)
 
 # %% ../../nbs/reporting/03_articles.ipynb #3c60381a
-def draw_life(
-    section: Section,  # see `articles_section`
-) -> Figure:
+def draw_life(section: Section) -> Figure:  # see `articles_section`
     """Plot how an article's sales fade, and the new articles by week."""
     figure = Figure(figsize=(7.2, 2.3), layout="tight")
     left, right = figure.subplots(1, 2)
@@ -225,9 +221,7 @@ def _draw_shares(axes: Axes, rows: list[dict[str, Any]]) -> None:
     axes.set_yticks(positions, [str(row["value"]) for row in rows])
 
 # %% ../../nbs/reporting/03_articles.ipynb #c05721ff
-def draw_mix(
-    section: Section,  # see `articles_section`
-) -> Figure:
+def draw_mix(section: Section) -> Figure:  # see `articles_section`
     """Plot catalogue against sales by group and colour."""
     figure = Figure(figsize=(7.2, 3.2), layout="tight")
     for axes, name in zip(figure.subplots(1, 2), ("groups", "colours"), strict=True):

@@ -47,11 +47,11 @@ def compute_multi_item_share(
     sizes = visits.group_by("customer", "day").len()["len"]
     return sizes.filter(sizes > 1).len() / max(sizes.len(), 1)
 
-# %% ../../nbs/reporting/06_baskets.ipynb #99e9a931
+# %% ../../nbs/reporting/06_baskets.ipynb #7d1823f2
 TOP_ARTICLES = 2_000
 MIN_VISITS = 5  # of a pair
 
-
+# %% ../../nbs/reporting/06_baskets.ipynb #99e9a931
 def _count_pairs(visits: pl.DataFrame) -> pl.DataFrame:
     """Return `article_a`, `article_b`, the `visits` with both, and of each (`n`, `n_b`)."""
     top = visits["article"].value_counts(sort=True).head(TOP_ARTICLES)["article"]
@@ -123,9 +123,7 @@ def co_purchases_section(
     return Section(name="co_purchases", title="Bought together", **content)
 
 # %% ../../nbs/reporting/06_baskets.ipynb #9d2358c3
-def draw_network(
-    section: Section,  # see `co_purchases_section`
-) -> Figure:
+def draw_network(section: Section) -> Figure:  # see `co_purchases_section`
     """Plot the strongest pairs as a network."""
     figure = Figure(figsize=(7.2, 4.6))
     axes = figure.subplots()

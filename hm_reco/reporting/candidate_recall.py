@@ -28,10 +28,10 @@ from hm_reco.reporting.section import (
 )
 from ..retrieval.article_stats import select_best_sellers
 
-# %% ../../nbs/reporting/07_candidate_recall.ipynb #e4540fd2
+# %% ../../nbs/reporting/07_candidate_recall.ipynb #a217df5b
 WEEK_DAYS, MAX_BUYERS = 7, 5_000
 
-
+# %% ../../nbs/reporting/07_candidate_recall.ipynb #e4540fd2
 def sample_last_week(
     purchases: pl.LazyFrame,  # `customer`, `article`, `day`
     customers: pl.LazyFrame,  # `customer`, `age`
@@ -147,11 +147,11 @@ def _write_findings(figures: Mapping[str, Any]) -> list[str]:
         "history.",
     ]
 
-# %% ../../nbs/reporting/07_candidate_recall.ipynb #9a232324
+# %% ../../nbs/reporting/07_candidate_recall.ipynb #e10db6d9
 MAX_COLD_SHARE = 0.2  # of the buyers
 MIN_ON_SALE_SHARE = 0.8  # of the purchases
 
-
+# %% ../../nbs/reporting/07_candidate_recall.ipynb #9a232324
 def _build_alerts(figures: Mapping[str, Any]) -> list[Alert]:
     alerts = []
     if figures["cold"] > MAX_COLD_SHARE:
@@ -183,9 +183,7 @@ def candidate_recall_section(
     )
 
 # %% ../../nbs/reporting/07_candidate_recall.ipynb #6511e118
-def draw_candidate_recall(
-    section: Section,  # see `candidate_recall_section`
-) -> Figure:
+def draw_candidate_recall(section: Section) -> Figure:  # see `candidate_recall_section`
     """Plot the recall by source."""
     figure = Figure(figsize=(7.2, 1.8))
     axes = figure.subplots()

@@ -32,9 +32,7 @@ from hm_reco.reporting.section import (
 )
 
 # %% ../../nbs/reporting/02_customers.ipynb #54f66196
-def aggregate_by_customer(
-    purchases: pl.LazyFrame,  # `customer`, `day`, `units`
-) -> pl.DataFrame:
+def aggregate_by_customer(purchases: pl.LazyFrame) -> pl.DataFrame:  # `customer`, `day`, `units`
     """Return `units`, `visits` (days), `first` and `last` day by customer."""
     day = pl.col("day")
     counts = purchases.group_by("customer").agg(
@@ -42,10 +40,10 @@ def aggregate_by_customer(
     )
     return counts.collect(engine="streaming")
 
-# %% ../../nbs/reporting/02_customers.ipynb #e741ffe2
+# %% ../../nbs/reporting/02_customers.ipynb #1ff85c96
 STATES = ("active", "lapsing", "lapsed", "cold")
 
-
+# %% ../../nbs/reporting/02_customers.ipynb #e741ffe2
 def compute_recency(
     by_customer: pl.DataFrame,  # see `aggregate_by_customer`
     n_customers: int,  # also those who never bought
@@ -104,18 +102,16 @@ def compute_concentration(
     return {f"{share:g}": float(ordered[:size].sum() / total) for share, size in sizes.items()}
 
 # %% ../../nbs/reporting/02_customers.ipynb #f18f4bad
-def count_ages(
-    customers: pl.LazyFrame,  # `age` in years, may be null
-) -> pl.DataFrame:
+def count_ages(customers: pl.LazyFrame) -> pl.DataFrame:  # `age` in years, may be null
     """Return `age` (first year of a five-year band) and `customers`."""
     band = (pl.col("age") // 5 * 5).cast(pl.Int32).alias("age")
     counts = customers.drop_nulls("age").group_by(band).agg(customers=pl.len())
     return counts.sort("age").collect()
 
-# %% ../../nbs/reporting/02_customers.ipynb #b0408e5b
+# %% ../../nbs/reporting/02_customers.ipynb #1803b853
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)  # of the units by customer
 
-
+# %% ../../nbs/reporting/02_customers.ipynb #b0408e5b
 def _compute_figures(
     purchases: pl.LazyFrame, all_customers: pl.LazyFrame, last_day: date
 ) -> dict[str, Any]:
@@ -171,9 +167,7 @@ def customers_section(
     return Section(name="customers", title="Customers", figures=to_json(figures), **texts)
 
 # %% ../../nbs/reporting/02_customers.ipynb #6359cf12
-def draw_customers(
-    section: Section,  # see `customers_section`
-) -> Figure:
+def draw_customers(section: Section) -> Figure:  # see `customers_section`
     """Plot when customers last bought, and their ages."""
     figure = Figure(figsize=(7.2, 2.3), layout="tight")
     left, right = figure.subplots(1, 2)
@@ -187,9 +181,7 @@ def draw_customers(
     return figure
 
 # %% ../../nbs/reporting/02_customers.ipynb #d9aca3f7
-def draw_retention(
-    section: Section,  # see `customers_section`
-) -> Figure:
+def draw_retention(section: Section) -> Figure:  # see `customers_section`
     """Plot the cohorts by months since the first purchase, as a heat map."""
     rows = pd.DataFrame(section.figures["retention"]).query("after > 0")
     shares = 100 * rows.pivot(index="cohort", columns="after", values="share")

@@ -58,11 +58,11 @@ def compute_wasserstein(
     deviation = float(np.sqrt(np.average((x - mean) ** 2, weights=n)))
     return float(wasserstein_distance(x, y, n, m)) / deviation if deviation else None
 
-# %% ../../nbs/reporting/08_data_drift.ipynb #1b218a66
+# %% ../../nbs/reporting/08_data_drift.ipynb #ef05bbd4
 PURCHASES = "processed/purchases"
 TABLES = (PURCHASES, "processed/customers", "processed/articles")
 
-
+# %% ../../nbs/reporting/08_data_drift.ipynb #1b218a66
 def _find_versions_before(lake: Lake, version: int) -> dict[str, int]:
     """Return the versions of `TABLES` at the time of a version of the purchases."""
     history = {entry["version"]: entry for entry in open_table(lake, PURCHASES).history()}
@@ -198,13 +198,11 @@ def drift_section(
     figures = to_json({"days": days, "columns": rows})
     return Section(name="drift", title="Drift", findings=findings, alerts=alerts, figures=figures)
 
-# %% ../../nbs/reporting/08_data_drift.ipynb #1bd205cd
+# %% ../../nbs/reporting/08_data_drift.ipynb #66217a35
 LEVEL_COLOURS = {"stable": COLOURS[2], "moderate": COLOURS[1], "major": COLOURS[3]}
 
-
-def draw_drift(
-    section: Section,  # see `drift_section`
-) -> Figure:
+# %% ../../nbs/reporting/08_data_drift.ipynb #1bd205cd
+def draw_drift(section: Section) -> Figure:  # see `drift_section`
     """Plot the PSI by column, with the bounds."""
     figure = Figure(figsize=(7.2, 2.4))
     axes = figure.subplots()

@@ -73,9 +73,7 @@ def _count_sizes(data: DataReportInputs) -> dict[str, Any]:
     return figures
 
 # %% ../../nbs/reporting/12_data_sections.ipynb #462d13e7
-def overview_section(
-    data: DataReportInputs,
-) -> Section:
+def overview_section(data: DataReportInputs) -> Section:
     """Build the first section: the size of the data."""
     sizes = _count_sizes(data)
     n_days = (sizes["last day"] - sizes["first day"]).days + 1

@@ -82,20 +82,15 @@ def _describe_scores(result: Evaluation, groups: pl.DataFrame) -> list[str]:
     ]
 
 # %% ../../nbs/reporting/11_error_analysis.ipynb #19878616
-def calibration_section(
-    result: Evaluation,
-) -> Section:
+def calibration_section(result: Evaluation) -> Section:
     """Build the section that compares scores with purchases, by rank among the candidates."""
-    groups = compute_purchase_rates(result.calibration)
-    is_probability = result.settings.objective == "binary"
-    figures = {"groups": to_records(groups), "is_probability": is_probability}
+    groups, objective = compute_purchase_rates(result.calibration), result.settings.objective
+    figures = {"groups": to_records(groups), "is_probability": objective == "binary"}
     texts = {"findings": _describe_scores(result, groups), "alerts": _check_order(groups)}
-    return Section(name="calibration", title="Calibration", figures=to_json(figures), **texts)
+    return Section(name="calibration", title="Calibration", figures=figures, **texts)
 
 # %% ../../nbs/reporting/11_error_analysis.ipynb #e4adc9a8
-def draw_calibration(
-    section: Section,  # see `calibration_section`
-) -> Figure:
+def draw_calibration(section: Section) -> Figure:  # see `calibration_section`
     """Plot the mean score and the share bought, from the first candidates to the last ones."""
     rows = section.figures["groups"]
     names = [f"to {100 * row['share']:g} %" for row in rows]
@@ -134,9 +129,7 @@ def _select_first(conditions: Sequence[pl.Expr], labels: Sequence[str]) -> pl.Ex
     return expression
 
 # %% ../../nbs/reporting/11_error_analysis.ipynb #97cce515
-def compute_outcomes(
-    result: Evaluation,
-) -> pl.DataFrame:
+def compute_outcomes(result: Evaluation) -> pl.DataFrame:
     """Return the evaluation weeks' purchases with `kind` and `outcome`.
 
     `kind` is one of `ARTICLE_KINDS`, `outcome` one of `OUTCOMES`.
@@ -250,9 +243,7 @@ def missed_purchases_section(
     return Section(name="missed_purchases", title="Missed purchases", **content)
 
 # %% ../../nbs/reporting/11_error_analysis.ipynb #049ddddd
-def draw_outcomes(
-    section: Section,  # see `missed_purchases_section`
-) -> Figure:
+def draw_outcomes(section: Section) -> Figure:  # see `missed_purchases_section`
     """Plot the outcomes of the purchases by kind of article."""
     rows = section.figures["outcomes"][::-1]
     kinds, left = [row["kind"] for row in rows], np.zeros(len(rows))
@@ -380,18 +371,14 @@ def _item_html(item: Mapping[str, Any]) -> str:
     return f"<li><b>{name} ✓ bought</b></li>" if item["hit"] else f"<li>{name}</li>"
 
 
-def example_html(
-    example: Mapping[str, Any],  # figures of `customer_examples_section`
-) -> str:
+def example_html(example: Mapping[str, Any]) -> str:  # figures of `customer_examples_section`
     """Render one example: past purchases, purchases of the week, list."""
     heading = f"<h4>{escape(example['customer'])}</h4>"
     items = "".join(map(_item_html, example["recommended"]))
     return f"{heading}{_past_html(example)}{_outcomes_html(example)}<ol>{items}</ol>"
 
 # %% ../../nbs/reporting/11_error_analysis.ipynb #6c435438
-def examples_html(
-    section: Section,  # see `customer_examples_section`
-) -> HTML:
+def examples_html(section: Section) -> HTML:  # see `customer_examples_section`
     """Render all examples in one row."""
     examples = map(example_html, section.figures["examples"])
     articles = "".join(f"<article>{html}</article>" for html in examples)

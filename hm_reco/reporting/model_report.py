@@ -136,9 +136,7 @@ def comparison_section(
     return Section(name="comparison", title="Model vs baselines", **content)
 
 # %% ../../nbs/reporting/10_model_report.ipynb #f7dacebb
-def draw_comparison(
-    section: Section,  # see `comparison_section`
-) -> Figure:
+def draw_comparison(section: Section) -> Figure:  # see `comparison_section`
     """Plot the metric of each method with its interval."""
     rows = section.figures["methods"]
     figure = Figure(figsize=(7.2, 0.4 + 0.3 * len(rows)))
@@ -153,9 +151,7 @@ def draw_comparison(
     return figure
 
 # %% ../../nbs/reporting/10_model_report.ipynb #fba7e3d5
-def draw_weeks(
-    section: Section,  # see `comparison_section`
-) -> Figure:
+def draw_weeks(section: Section) -> Figure:  # see `comparison_section`
     """Plot the metric by evaluation week."""
     weeks = pd.DataFrame(section.figures["weeks"])
     weeks["day"] = pd.to_datetime(weeks["day"])
@@ -253,9 +249,7 @@ def _draw_segment(axes: Axes, position: int, row: Mapping[str, Any]) -> None:
     axes.plot(row["improvement"], position, "o", color=colour, fillstyle=fill)
 
 # %% ../../nbs/reporting/10_model_report.ipynb #9a76f99f
-def draw_segments(
-    section: Section,  # see `segments_section`
-) -> Figure:
+def draw_segments(section: Section) -> Figure:  # see `segments_section`
     """Plot the improvement over the baseline by segment, with its interval."""
     rows, metric = section.figures["segments"][::-1], section.figures["metric"]
     figure = Figure(figsize=(7.2, 0.4 + 0.26 * max(len(rows), 1)))
@@ -315,9 +309,7 @@ def _build_budget_alerts(union_recall: float, budget_recall: float) -> list[Aler
 CURVE_RANKS = (1, 2, 3, 5, 8, 12, 20, 30, 50, 75, 100)  # enough for a smooth line
 
 
-def source_recall_section(
-    result: Evaluation,
-) -> Section:
+def source_recall_section(result: Evaluation) -> Section:
     """Build the section on the recall of each candidate source, alone and next to the others."""
     recall = result.source_recall
     rows = to_records(recall.table)
@@ -335,9 +327,7 @@ def source_recall_section(
 MAX_NAMED_SOURCES = 6  # sources with their own colour in a figure
 
 
-def draw_source_recall(
-    section: Section,  # see `source_recall_section`
-) -> Figure:
+def draw_source_recall(section: Section) -> Figure:  # see `source_recall_section`
     """Plot the recall by number of candidates, with the best sources in colour."""
     curves = pd.DataFrame(section.figures["curves"])
     curves["recall"] *= 100
@@ -391,10 +381,10 @@ def _describe_features(gains: pl.DataFrame) -> pl.DataFrame:
     described = build_catalogue().join(by_name, on="name", how="left")
     return described.sort("gain", "name", descending=[True, False], nulls_last=True)
 
-# %% ../../nbs/reporting/10_model_report.ipynb #18b47920
+# %% ../../nbs/reporting/10_model_report.ipynb #0d75afb6
 N_CURVES = 6  # features with a curve
 
-
+# %% ../../nbs/reporting/10_model_report.ipynb #18b47920
 def _compute_explanation(result: Evaluation, tuned: TuningResult | None) -> dict[str, Any]:
     gains = compute_importance(result.ranker, len(result.sample.names))
     curves = [_compute_dependence(result, name) for name in gains["feature"].head(N_CURVES)]
@@ -437,9 +427,7 @@ def explanation_section(
     return Section(name="explanation", title="Feature importance", **content)
 
 # %% ../../nbs/reporting/10_model_report.ipynb #d3913e09
-def draw_importance(
-    section: Section,  # see `explanation_section`
-) -> Figure:
+def draw_importance(section: Section) -> Figure:  # see `explanation_section`
     """Plot the features with the most gain, coloured by theme."""
     top = pd.DataFrame(section.figures["importance"][:12])
     top = top.assign(theme=top["feature"].map(get_reason), gain=100 * top["gain"])
@@ -453,9 +441,7 @@ def draw_importance(
     return figure
 
 # %% ../../nbs/reporting/10_model_report.ipynb #541613ab
-def draw_dependence(
-    section: Section,  # see `explanation_section`
-) -> Figure:
+def draw_dependence(section: Section) -> Figure:  # see `explanation_section`
     """Plot the mean score by value of each of the most used features."""
     figure = Figure(figsize=(7.2, 3.6), layout="constrained")
     grid = figure.subplots(2, 3, sharey=True)
@@ -475,9 +461,7 @@ def _draw_trials(axes: Axes, trials: pd.DataFrame, column: str) -> None:
     axes.set(xlabel=column)
 
 # %% ../../nbs/reporting/10_model_report.ipynb #157ce8ce
-def draw_trials(
-    section: Section,  # see `explanation_section`
-) -> Figure:
+def draw_trials(section: Section) -> Figure:  # see `explanation_section`
     """Plot the trials in order, the best so far, and the values of two important settings."""
     trials = pd.DataFrame(section.figures["trials"]).dropna(subset="value")
     figure = Figure(figsize=(7.2, 2.4), layout="constrained")

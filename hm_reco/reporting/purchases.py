@@ -31,9 +31,7 @@ from hm_reco.reporting.section import (
 )
 
 # %% ../../nbs/reporting/04_purchases.ipynb #784c9bdd
-def sum_by_week(
-    purchases: pl.LazyFrame,  # `day`, `channel`, `units`
-) -> pl.DataFrame:
+def sum_by_week(purchases: pl.LazyFrame) -> pl.DataFrame:  # `day`, `channel`, `units`
     """Return `week` (its Monday), `store`, `online` and `units` of whole weeks."""
     week, units = pl.col("day").dt.truncate("1w").alias("week"), pl.col("units")
     by_channel = purchases.group_by(week, "channel").agg(units.sum(), days=pl.col("day").n_unique())
@@ -68,23 +66,18 @@ def find_peaks(
 WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 
 
-def sum_by_weekday(
-    purchases: pl.LazyFrame,  # `day`, `units`
-) -> pl.DataFrame:
+def sum_by_weekday(purchases: pl.LazyFrame) -> pl.DataFrame:  # `day`, `units`
     """Return `weekday` and its `share` of the units."""
     number = pl.col("day").dt.weekday().alias("number")
     units = purchases.group_by(number).agg(pl.col("units").sum()).sort("number")
-    names = pl.col("number").replace_strict(range(1, 8), WEEKDAYS)
-    share = pl.col("units") / pl.col("units").sum()
-    return units.select(weekday=names, share=share).collect(engine="streaming")
+    names, n = pl.col("number").replace_strict(range(1, 8), WEEKDAYS), pl.col("units")
+    return units.select(weekday=names, share=n / n.sum()).collect(engine="streaming")
 
 # %% ../../nbs/reporting/04_purchases.ipynb #c33d93d1
 MAX_BASKET_UNITS = 10  # the last bin: as many or more
 
 
-def compute_basket_sizes(
-    purchases: pl.LazyFrame,  # `customer`, `day`, `units`
-) -> pl.DataFrame:
+def compute_basket_sizes(purchases: pl.LazyFrame) -> pl.DataFrame:  # `customer`, `day`, `units`
     """Return `units` bought on a day (10: or more) and the `share` of such visits."""
     visits = purchases.group_by("customer", "day").agg(pl.col("units").sum())
     units = pl.col("units").clip(1, MAX_BASKET_UNITS)
@@ -152,9 +145,7 @@ def _build_alerts(figures: Mapping[str, Any]) -> list[Alert]:
     return [Alert(level="warning", text=text, action=action)]
 
 # %% ../../nbs/reporting/04_purchases.ipynb #d9ec3b34
-def purchases_section(
-    purchases: pl.LazyFrame,  # processed/purchases
-) -> Section:
+def purchases_section(purchases: pl.LazyFrame) -> Section:  # processed/purchases
     """Build the section on purchases."""
     figures = _compute_figures(purchases)
     texts = {"findings": _write_findings(figures), "alerts": _build_alerts(figures)}
@@ -169,9 +160,7 @@ def _draw_peaks(axes: Axes, weeks: pl.DataFrame, peaks: list[dict[str, Any]]) ->
     axes.plot(dates, heights, "o", color=COLOURS[3], markersize=4, label="peak")
 
 # %% ../../nbs/reporting/04_purchases.ipynb #c735012c
-def draw_weeks(
-    section: Section,  # see `purchases_section`
-) -> Figure:
+def draw_weeks(section: Section) -> Figure:  # see `purchases_section`
     """Plot the units by week and channel, with the peaks."""
     figure = Figure(figsize=(7.2, 2.4))
     axes = figure.subplots()
@@ -190,9 +179,7 @@ def _draw_bars(axes: Axes, rows: list[dict[str, Any]], name: str, colour: str) -
     axes.bar([row[name] for row in rows], [100 * row["share"] for row in rows], color=colour)
 
 # %% ../../nbs/reporting/04_purchases.ipynb #74f92610
-def draw_habits(
-    section: Section,  # see `purchases_section`
-) -> Figure:
+def draw_habits(section: Section) -> Figure:  # see `purchases_section`
     """Plot weekdays, basket sizes and discounts."""
     figure = Figure(figsize=(7.2, 2.2), layout="tight")
     left, center, right = figure.subplots(1, 3)

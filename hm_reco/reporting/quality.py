@@ -28,11 +28,11 @@ from hm_reco.reporting.section import (
     to_records,
 )
 
-# %% ../../nbs/reporting/01_quality.ipynb #22a4642a
+# %% ../../nbs/reporting/01_quality.ipynb #e271fd02
 RAW_TABLES = ("articles", "customers", "transactions")
 OFTEN_EMPTY = ("FN", "Active")  # by design
 
-
+# %% ../../nbs/reporting/01_quality.ipynb #22a4642a
 def compute_missing(
     lake: Lake,  # with the tables in raw/
 ) -> pl.DataFrame:  # `table`, `column`, `share`; the largest share first
@@ -75,9 +75,7 @@ def compute_repeats(
     return figures.collect(engine="streaming").row(0, named=True)
 
 # %% ../../nbs/reporting/01_quality.ipynb #f09f325f
-def find_empty_days(
-    purchases: pl.LazyFrame,  # `day`
-) -> list[date]:
+def find_empty_days(purchases: pl.LazyFrame) -> list[date]:  # `day`
     """Return the days without a purchase between the first and the last day."""
     days = purchases.select(pl.col("day").unique()).collect(engine="streaming")["day"].sort()
     span = pl.date_range(days[0], days[-1], eager=True)
@@ -117,11 +115,11 @@ def _write_findings(figures: Mapping[str, Any]) -> list[str]:
         + (f"{gaps} days have no purchase." if gaps else "Every day has a purchase."),
     ]
 
-# %% ../../nbs/reporting/01_quality.ipynb #e187ea63
+# %% ../../nbs/reporting/01_quality.ipynb #9f622794
 MAX_EMPTY_SHARE, MAX_QUARANTINED_SHARE = 0.05, 0.001  # shares of the rows
 MAX_AGE_DAYS = 30  # days since the last purchase
 
-
+# %% ../../nbs/reporting/01_quality.ipynb #e187ea63
 def _build_missing_alerts(missing: list[dict[str, Any]]) -> list[Alert]:
     return [
         Alert(

@@ -25,11 +25,11 @@ from hm_reco.reporting.section import (
     to_records,
 )
 
-# %% ../../nbs/reporting/05_repurchase.ipynb #9bd93d7d
+# %% ../../nbs/reporting/05_repurchase.ipynb #146f59e0
 RECENT_DAYS = 28
 ATTRIBUTES = ("article", "product", "type", "department")
 
-
+# %% ../../nbs/reporting/05_repurchase.ipynb #9bd93d7d
 def _split_purchases(
     purchases: pl.LazyFrame, articles: pl.LazyFrame, last_day: date
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -57,10 +57,10 @@ def compute_repeat_shares(
         shares.append((attribute, repeated.height / max(pairs.height, 1), pairs.height))
     return pl.DataFrame(shares, ["attribute", "share", "pairs"], orient="row")
 
-# %% ../../nbs/reporting/05_repurchase.ipynb #0627768e
+# %% ../../nbs/reporting/05_repurchase.ipynb #0f6620c3
 MAX_WEEKS = 52  # the last bin: as many or more
 
-
+# %% ../../nbs/reporting/05_repurchase.ipynb #0627768e
 def compute_weeks_since(
     purchases: pl.LazyFrame,  # `customer`, `article`, `day`
     last_day: date,  # of the purchases
@@ -75,10 +75,10 @@ def compute_weeks_since(
     counts = gaps.group_by(weeks).agg(pairs=pl.len())
     return counts.sort("weeks").collect(engine="streaming")
 
-# %% ../../nbs/reporting/05_repurchase.ipynb #ed4707ca
+# %% ../../nbs/reporting/05_repurchase.ipynb #6e1f3528
 FREQUENT = 0.25  # share of repurchases from which lists of old purchases work well
 
-
+# %% ../../nbs/reporting/05_repurchase.ipynb #ed4707ca
 def _write_findings(figures: Mapping[str, Any]) -> list[str]:
     shares = {row["attribute"]: row["share"] for row in figures["attributes"]}
     weeks = figures["weeks_since"]
@@ -111,9 +111,7 @@ def repurchase_section(
     )
 
 # %% ../../nbs/reporting/05_repurchase.ipynb #6d6fb9df
-def draw_repurchase(
-    section: Section,  # see `repurchase_section`
-) -> Figure:
+def draw_repurchase(section: Section) -> Figure:  # see `repurchase_section`
     """Plot the shares by attribute, and the weeks since the previous purchase."""
     figure = Figure(figsize=(7.2, 2.2), layout="tight")
     left, right = figure.subplots(1, 2)

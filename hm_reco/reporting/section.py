@@ -42,9 +42,7 @@ def format_percent(
     return f"{100 * share:.{digits}f} %"
 
 # %% ../../nbs/reporting/00_section.ipynb #d3df867e
-def to_json(
-    value: Any,  # numbers, texts, dates, and lists and dictionaries of them
-) -> Any:
+def to_json(value: Any) -> Any:  # numbers, texts, dates, and lists and dictionaries of them
     """Return a value as plain JSON: dates as text, floats with six digits, NaN as null."""
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
@@ -99,9 +97,7 @@ class Report(BaseModel):
         return sorted(selected, key=lambda pair: pair[1].level)
 
 # %% ../../nbs/reporting/00_section.ipynb #0d183bdf
-def dump_report(
-    report: Report,  # of plain JSON figures, see `to_json`
-) -> str:
+def dump_report(report: Report) -> str:  # of plain JSON figures, see `to_json`
     """Return the report as JSON."""
     return report.model_dump_json(indent=1)
 
@@ -134,9 +130,7 @@ def alerts_html(
     return f'<ul class="alerts">{"".join(lines)}</ul>' if lines else ""
 
 # %% ../../nbs/reporting/00_section.ipynb #60f515ed
-def section_html(
-    section: Section,
-) -> HTML:  # without the heading
+def section_html(section: Section) -> HTML:  # without the heading
     """Render a section's findings and alerts."""
     text = "".join(f"<p>{escape(sentence)}</p>" for sentence in section.findings)
     return HTML(text + alerts_html([(section.title, alert) for alert in section.alerts]))
@@ -177,9 +171,7 @@ PLOT_STYLE: dict[Any, Any] = dict.fromkeys(TEXT_KEYS, FOREGROUND) | {
 }
 
 # %% ../../nbs/reporting/00_section.ipynb #2938b694
-def format_date_axis(
-    axes: Axes,  # its x axis has dates
-) -> None:
+def format_date_axis(axes: Axes) -> None:  # its x axis has dates
     """Format the dates of a narrow axis."""
     axes.xaxis.set_major_locator(AutoDateLocator(minticks=2, maxticks=6))
     axes.xaxis.set_major_formatter(ConciseDateFormatter(axes.xaxis.get_major_locator()))
@@ -242,10 +234,10 @@ def fold_html(
     """Fold a part of the page: a reader opens it with a click."""
     return f"<details><summary>{escape(summary)}</summary>{html}</details>"
 
-# %% ../../nbs/reporting/00_section.ipynb #844ea138
+# %% ../../nbs/reporting/00_section.ipynb #aa746307
 MAX_ROWS = 50  # shown below a plot; the JSON has all
 
-
+# %% ../../nbs/reporting/00_section.ipynb #844ea138
 def figure_html(
     figure: Figure,
     description: str,
@@ -320,9 +312,8 @@ def load_article_labels(
     lake: Lake,  # with raw/articles and processed/articles
 ) -> pl.DataFrame:  # `article`, `name`, `index_group`, `colour`
     """Return the labels of the articles, as a person reads them."""
-    labels = scan_latest_rows(lake, "articles").select(
-        "article_id", index_group="index_group_name", colour="colour_group_name"
-    )
+    columns = {"index_group": "index_group_name", "colour": "colour_group_name"}
+    labels = scan_latest_rows(lake, "articles").select("article_id", **columns)
     articles = scan(lake, "processed/articles").select("article", "article_id", "name")
     return articles.join(labels, on="article_id", how="left").drop("article_id").collect()
 
@@ -344,8 +335,8 @@ def render_section(
     """Render a section for the page: heading, introduction, findings, alerts, parts."""
     introduction = f"<p>{escape(builder.introduction)}</p>" if builder.introduction else ""
     parts = [html.data for part in builder.parts if (html := part(section)) is not None]
-    heading = f"<h3>{escape(section.title)}</h3>"
-    return HTML("\n".join([heading, introduction, section_html(section).data, *parts]))
+    heading = f"<h3>{escape(section.title)}</h3>{introduction}"
+    return HTML("\n".join([heading, section_html(section).data, *parts]))
 
 # %% ../../nbs/reporting/00_section.ipynb #6757bd64
 def show(

@@ -31,9 +31,7 @@ class Accumulator(NamedTuple):
 _thread_state = threading.local()
 
 
-def get_thread_accumulator(
-    n_ids: int,  # one more than the largest id
-) -> Accumulator:
+def get_thread_accumulator(n_ids: int) -> Accumulator:  # one more than the largest id
     """Return this thread's accumulator, which every user resets."""
     acc: Accumulator | None = getattr(_thread_state, "acc", None)
     if acc is None or acc.sum.size < n_ids:

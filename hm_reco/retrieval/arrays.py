@@ -48,9 +48,7 @@ def to_csr(
     return CsrLists(indptr, to_int32(rows[item]), rows[weight].cast(pl.Float64).to_numpy())
 
 # %% ../../nbs/retrieval/03_arrays.ipynb #b5f20d5c
-def from_scipy(
-    matrix: sparse.csr_matrix,  # lists x items
-) -> CsrLists:
+def from_scipy(matrix: sparse.csr_matrix) -> CsrLists:  # lists x items
     """Convert a sparse matrix; each row becomes a list."""
     indptr, indices = matrix.indptr.astype(np.int64), matrix.indices.astype(np.int32)
     return CsrLists(indptr, indices, matrix.data.astype(np.float64))
@@ -72,9 +70,7 @@ CONTENT_ATTRIBUTES = ["department", "type", "colour", "section", "garment"]
 PRODUCT, DEPARTMENT = ATTRIBUTES.index("product"), ATTRIBUTES.index("department")
 
 # %% ../../nbs/retrieval/03_arrays.ipynb #cc4f5bd9
-def encode_attributes(
-    history: History,
-) -> np.ndarray:  # (articles, ATTRIBUTES) int32
+def encode_attributes(history: History) -> np.ndarray:  # (articles, ATTRIBUTES) int32
     """Number the values of each attribute from 0."""
     articles = history.articles.sort("article")
     codes = np.zeros((history.n_article_ids, len(ATTRIBUTES)), np.int32)
@@ -105,11 +101,11 @@ class ArticleIndex(NamedTuple):
     tables: Any  # `IndexTables` of `retrieval.candidate_sources`
     n_ids: int  # one more than the largest id that a source adds up
 
-# %% ../../nbs/retrieval/03_arrays.ipynb #a8bd068a
+# %% ../../nbs/retrieval/03_arrays.ipynb #cc26beb7
 DEMOGRAPHICS = ["age", "active", "news", "club"]
 PURCHASE_FIELDS = ["article", "days_ago", "units", "price", "channel"]
 
-
+# %% ../../nbs/retrieval/03_arrays.ipynb #a8bd068a
 class CustomerArrays(NamedTuple):
     """Customers and their purchases, newest first; those of row `n` begin at `start[n]`."""
 

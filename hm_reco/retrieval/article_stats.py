@@ -19,10 +19,10 @@ from ..data.decay import decay, exact_sum, fixed_sum, to_days_ago
 from ..data.history import History, Sales
 from ..data.segments import ONLINE
 
-# %% ../../nbs/retrieval/02_article_stats.ipynb #f3f58912
+# %% ../../nbs/retrieval/02_article_stats.ipynb #369b6785
 SALES_BITS = 20  # binary places of the sums of prices and ages
 
-
+# %% ../../nbs/retrieval/02_article_stats.ipynb #f3f58912
 def _count_by_day(
     purchases: pl.LazyFrame,
     ages: pl.LazyFrame,  # `customer`, `age`
@@ -154,9 +154,7 @@ def _compute_repurchase_rate() -> pl.Expr:
     return (repurchases + RATE_PRIOR * by_type) / (buyers + RATE_PRIOR)
 
 # %% ../../nbs/retrieval/02_article_stats.ipynb #b060f2cb
-def compute_article_stats(
-    history: History,  # counted already where it has `sales`
-) -> pl.DataFrame:
+def compute_article_stats(history: History) -> pl.DataFrame:  # counted already where it has `sales`
     """Return one row per article sold before `history.day`: its sales and its codes."""
     sales = history.sales or aggregate_sales(history).sales
     assert sales

@@ -49,10 +49,10 @@ def build_top_sellers(
     top = select_best_sellers(stats.with_columns(key=pl.Series(key)), by, count, ["key"], ties)
     return to_csr(top, "key", "article", by, n_lists)
 
-# %% ../../nbs/retrieval/06_best_sellers.ipynb #197be1bd
+# %% ../../nbs/retrieval/06_best_sellers.ipynb #a5676481
 TOP_OVERALL, TOP_PER_DEPARTMENT = 200, 20  # articles
 
-
+# %% ../../nbs/retrieval/06_best_sellers.ipynb #197be1bd
 def build_tables(inputs: TableInputs) -> Mapping[str, CsrLists]:
     """Build the tables of best sellers."""
     by_age = rank_by_segment(inputs.history, pl.col("age_band"))

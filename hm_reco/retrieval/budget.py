@@ -65,12 +65,12 @@ def compute_union_recall(
     """Return the share of the purchases that any source finds."""
     return hits.filter("hit").select("customer", "article").n_unique() / max(n_purchases, 1)
 
-# %% ../../nbs/retrieval/14_budget.ipynb #2a27e938
+# %% ../../nbs/retrieval/14_budget.ipynb #dc2c2c2d
 CANDIDATE_BUDGET = 200  # candidates per customer, on average
 RANKS_PER_STEP = 5  # ranks of a source added per step
 STEPS_AHEAD = 4
 
-
+# %% ../../nbs/retrieval/14_budget.ipynb #2a27e938
 def _marginal_gain(
     next_blocks: list[np.ndarray],  # pairs of each step
     hit: np.ndarray,  # by pair: bought?

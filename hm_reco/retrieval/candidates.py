@@ -136,11 +136,11 @@ def generate_candidates(
     limits = np.array([budget.get(source, 0) for source in SOURCE_NAMES])
     rows = np.arange(len(customers.customer)) if rows is None else rows
 
-    def generate_block(block: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _generate_block(block: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         acc = get_thread_accumulator(index.n_ids)
         return _generate(index, customers, rows[block], limits, acc)
 
-    articles, source_scores, counts = parallel_map(generate_block, len(rows))
+    articles, source_scores, counts = parallel_map(_generate_block, len(rows))
     start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     customer = np.repeat(customers.customer[rows], counts)
     return Candidates(rows, customer, articles, source_scores, start)

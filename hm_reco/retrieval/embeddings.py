@@ -19,10 +19,10 @@ from safetensors.numpy import load as load_tensors
 
 from ..compute.jit import as_readonly, jit, parallel_map
 
-# %% ../../nbs/retrieval/00_embeddings.ipynb #bba082af
+# %% ../../nbs/retrieval/00_embeddings.ipynb #c61743e5
 N_GAP_BANDS, N_AGE_BANDS = 12, 9  # bands of days (doubling) and of age (tens; 0 is unknown)
 
-
+# %% ../../nbs/retrieval/00_embeddings.ipynb #bba082af
 class CustomerEncoder(NamedTuple):
     """The network of customers: weights (inputs x outputs) as float32, and its settings."""
 
@@ -88,9 +88,7 @@ def to_encoder(
     return CustomerEncoder(**arrays, history_length=length, temperature=temperature)
 
 # %% ../../nbs/retrieval/00_embeddings.ipynb #7b683aff
-def read_header(
-    data: bytes,  # of a model's file
-) -> dict[str, Any]:
+def read_header(data: bytes) -> dict[str, Any]:  # of a model's file
     """Read the header of a model's file. Raises `ValueError` for any other file."""
     try:
         size = int.from_bytes(data[:8], "little")
@@ -100,9 +98,7 @@ def read_header(
         raise ValueError(f"not a two-tower model: no header in {len(data)} bytes") from err
 
 # %% ../../nbs/retrieval/00_embeddings.ipynb #a75a2650
-def read_encoder(
-    data: bytes,  # of a model's file
-) -> CustomerEncoder:
+def read_encoder(data: bytes) -> CustomerEncoder:  # of a model's file
     """Read the customer encoder. Raises `ValueError` when there is none."""
     settings, prefix = read_header(data).get("settings"), "weight/customer."
     try:
@@ -144,11 +140,11 @@ class EmbeddingSpace:
         model = as_readonly((self.encoder, self.article_vectors))
         purchases, (starts, ages) = as_readonly((article, days_ago)), as_readonly((start, age))
 
-        def embed_block(rows: slice) -> tuple[np.ndarray]:
+        def _embed_block(rows: slice) -> tuple[np.ndarray]:
             block = starts[rows.start : rows.stop + 1]
             return (_embed_customers(*model, block, *purchases, ages[rows]),)
 
-        return parallel_map(embed_block, len(age))[0]
+        return parallel_map(_embed_block, len(age))[0]
 
 # %% ../../nbs/retrieval/00_embeddings.ipynb #cde9289e
 @jit

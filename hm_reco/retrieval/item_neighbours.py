@@ -76,12 +76,12 @@ def compute_cooccurrence(
     pairs.data[rows == pairs.indices] = 0
     return pairs
 
-# %% ../../nbs/retrieval/08_item_neighbours.ipynb #82aa19f2
+# %% ../../nbs/retrieval/08_item_neighbours.ipynb #fb953687
 NORMALISATIONS = {"cosine": (0.5, 0.5), "confidence": (1.0, 0.0)}  # powers of the frequencies
 SMOOTHING = 3.0  # keeps an article bought once from being a neighbour of every article
 NEIGHBOURS_PER_ARTICLE = 40
 
-
+# %% ../../nbs/retrieval/08_item_neighbours.ipynb #82aa19f2
 def find_neighbours(
     pairs: sparse.csr_matrix,  # of `compute_cooccurrence`
     frequencies: tuple[np.ndarray, np.ndarray],  # column sums of its two matrices
@@ -116,13 +116,11 @@ def _mask_largest(matrix: sparse.csr_matrix, count: int) -> np.ndarray:
         mask[entries] &= value >= np.partition(value, -count)[-count]
     return mask
 
-# %% ../../nbs/retrieval/08_item_neighbours.ipynb #5a291986
+# %% ../../nbs/retrieval/08_item_neighbours.ipynb #be6506b0
 BASKET_HALF_LIFE_DAYS = 90  # of the weight of a visit
 
-
-def _number_visits(
-    recent: pl.DataFrame,  # of `select_recent_purchases`
-) -> pl.DataFrame:
+# %% ../../nbs/retrieval/08_item_neighbours.ipynb #5a291986
+def _number_visits(recent: pl.DataFrame) -> pl.DataFrame:  # of `select_recent_purchases`
     """Add `customer_row`, `basket` (numbers of customer and visit), `unit` and `weight`."""
     is_new_customer = ~same_as_previous("customer")
     is_new_basket = is_new_customer | ~same_as_previous("days_ago")
@@ -141,13 +139,13 @@ def _build_matrices(history: History) -> tuple[sparse.csr_matrix, ...]:
     earlier = rows.filter(pl.col("basket") > latest).with_columns(pl.col("basket") - 1)
     shape = (rows.height, history.n_article_ids)
 
-    def build_matrix(used: pl.DataFrame, row: str, weight: str) -> sparse.csr_matrix:
+    def _build_matrix(used: pl.DataFrame, row: str, weight: str) -> sparse.csr_matrix:
         return build_interaction_matrix(used.select("article", row=row, weight=weight), shape)
 
     return (
-        build_matrix(rows, "customer_row", "unit"),
-        build_matrix(rows, "basket", "weight"),
-        build_matrix(earlier, "basket", "weight"),
+        _build_matrix(rows, "customer_row", "unit"),
+        _build_matrix(rows, "basket", "weight"),
+        _build_matrix(earlier, "basket", "weight"),
     )
 
 # %% ../../nbs/retrieval/08_item_neighbours.ipynb #a112edc7

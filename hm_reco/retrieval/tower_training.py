@@ -37,10 +37,7 @@ class Interactions:
     customer_start: Tensor  # first row of the customer
     day_start: Tensor  # first row of the customer on that day
 
-    def to(
-        self,
-        device: torch.device,
-    ) -> "Interactions":
+    def to(self, device: torch.device) -> "Interactions":
         """Move the rows to a device."""
         return Interactions(*(tensor.to(device) for tensor in vars(self).values()))
 
@@ -75,9 +72,7 @@ def build_interactions(
     return Interactions(*map(torch.from_numpy, columns))
 
 # %% ../../nbs/retrieval/15_tower_training.ipynb #6ddc9909
-def to_gap_band(
-    days: Tensor,  # of any shape
-) -> Tensor:
+def to_gap_band(days: Tensor) -> Tensor:  # of any shape
     """Return the band of a number of days: 1 for one day, 2 for two or three, ..."""
     return torch.log2(days.clamp_min(0).float() + 1).long().clamp(0, N_GAP_BANDS - 1)
 
@@ -183,9 +178,7 @@ def _restore_optimizer(model: TwoTower, optimizer: torch.optim.Adam) -> None:
             optimizer.state[weight] = on_device
 
 # %% ../../nbs/retrieval/15_tower_training.ipynb #ad837bba
-def count_purchases(
-    history: History,
-) -> Tensor:  # by article number
+def count_purchases(history: History) -> Tensor:  # by article number
     """Count the purchases of each article."""
     counts = history.purchases.group_by("article").len()
     sales = np.zeros(history.n_article_ids, np.int64)

@@ -31,9 +31,7 @@ from hm_reco.retrieval.embeddings import (
 )
 
 # %% ../../nbs/retrieval/01_two_tower.ipynb #cc14cca4
-def split_words(
-    articles: pl.DataFrame,  # `article`, `text`
-) -> pl.DataFrame:
+def split_words(articles: pl.DataFrame) -> pl.DataFrame:  # `article`, `text`
     """Return `article`, `word`: each word of each article's text."""
     words = pl.col("text").str.extract_all(r"[a-z]{2,}")
     return articles.select("article", word=words).explode("word").drop_nulls()
@@ -74,17 +72,11 @@ class ArticleFeatures:
     codes: Tensor  # (articles, EMBEDDED_ATTRIBUTES)
     price: Tensor  # (articles,), band, 0 when never sold
 
-    def select(
-        self,
-        index: Tensor,  # article numbers
-    ) -> "ArticleFeatures":
+    def select(self, index: Tensor) -> "ArticleFeatures":  # article numbers
         """Return the content of some articles."""
         return ArticleFeatures(self.words[index], self.codes[index], self.price[index])
 
-    def to(
-        self,
-        device: torch.device,
-    ) -> "ArticleFeatures":
+    def to(self, device: torch.device) -> "ArticleFeatures":
         """Move the content to a device."""
         return ArticleFeatures(*(tensor.to(device) for tensor in vars(self).values()))
 
@@ -113,10 +105,10 @@ def _encode_codes(vocabulary: Vocabulary, articles: pl.DataFrame, n_articles: in
         codes[articles["article"].to_numpy(), column] = coded.to_numpy()
     return codes
 
-# %% ../../nbs/retrieval/01_two_tower.ipynb #1fc530f5
+# %% ../../nbs/retrieval/01_two_tower.ipynb #aaf5187e
 N_PRICE_BANDS = 16  # price bands, each 1.5 times the one before
 
-
+# %% ../../nbs/retrieval/01_two_tower.ipynb #1fc530f5
 def compute_price_bands(
     history: History,  # prices as paid before its day
     n_articles: int,
@@ -151,10 +143,7 @@ class ArticleTower(nn.Module):
         hidden = nn.Linear(n_inputs, 2 * width)
         self.mlp = nn.Sequential(hidden, nn.GELU(), nn.Linear(2 * width, width))
 
-    def forward(
-        self,
-        content: ArticleFeatures,
-    ) -> Tensor:  # (articles, width)
+    def forward(self, content: ArticleFeatures) -> Tensor:  # (articles, width)
         """Return vectors of length 1."""
         codes = [embedding(content.codes[:, n]) for n, embedding in enumerate(self.code)]
         parts = [self.word(content.words), *codes, self.price(content.price)]
@@ -279,9 +268,7 @@ def build_space(
     return EmbeddingSpace(vectors, to_encoder(weights, asdict(model.settings)))
 
 # %% ../../nbs/retrieval/01_two_tower.ipynb #b9c311d6
-def to_bytes(
-    model: TwoTower,  # on any device
-) -> bytes:
+def to_bytes(model: TwoTower) -> bytes:  # on any device
     """Serialise a model with all that further training needs."""
     groups = {"weight": model.state_dict(), "adam": model.optimizer_state}
     tensors = {
@@ -316,9 +303,7 @@ def _create_model(header: Mapping[str, Any], weights: dict[str, Tensor]) -> TwoT
     return model
 
 # %% ../../nbs/retrieval/01_two_tower.ipynb #03d27fda
-def from_bytes(
-    data: bytes,  # untrusted: its sizes are checked
-) -> TwoTower:
+def from_bytes(data: bytes) -> TwoTower:  # untrusted: its sizes are checked
     """Read the model that `to_bytes` wrote. Raises `ValueError` for any other data."""
     header, tensors = read_header(data), load_tensors(data)
     model = _create_model(header, _select_group(tensors, "weight"))

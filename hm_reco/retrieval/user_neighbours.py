@@ -108,10 +108,10 @@ def _add_buyers(
         if table.indices[entry] != own_row:
             add(out.acc, table.indices[entry], weight * table.data[entry])
 
-# %% ../../nbs/retrieval/09_user_neighbours.ipynb #4f3fd871
+# %% ../../nbs/retrieval/09_user_neighbours.ipynb #cda0ea87
 N_NEIGHBOURS = 50  # customers
 
-
+# %% ../../nbs/retrieval/09_user_neighbours.ipynb #4f3fd871
 @jit
 def _nearest_customers(
     index: ArticleIndex, customer: CustomerView, out: CandidateBuffer

@@ -44,7 +44,7 @@ def flatten(
             array = array.view(np.uint8).reshape(len(array), -1)
         yield name, array
 
-# %% ../../nbs/serving/05_array_file.ipynb #e071bca9
+# %% ../../nbs/serving/05_array_file.ipynb #b27c907a
 PART_TYPES: dict[str, type[Any]] = {
     "index": ArticleIndex,
     "customers": CustomerArrays,
@@ -53,7 +53,7 @@ PART_TYPES: dict[str, type[Any]] = {
     "precomputed": TopK,
 }
 
-
+# %% ../../nbs/serving/05_array_file.ipynb #e071bca9
 def _unflatten(tuple_type: type[Any], name: str, arrays: Mapping[str, np.ndarray]) -> Any:
     """Rebuild the tuple that `flatten` flattened."""
     fields = []
@@ -80,7 +80,7 @@ def unflatten(
     parts = {n: _unflatten(t, n, arrays) for n, t in PART_TYPES.items() if n in present}
     return parts | {name: _decode_ids(parts[name]) for name in parts if name.endswith("_ids")}
 
-# %% ../../nbs/serving/05_array_file.ipynb #180a980e
+# %% ../../nbs/serving/05_array_file.ipynb #c850e4d0
 MAX_HEADER_BYTES = 1_000_000
 DTYPES = {
     "F64": np.float64,
@@ -93,7 +93,7 @@ DTYPES = {
     "BOOL": np.bool_,
 }
 
-
+# %% ../../nbs/serving/05_array_file.ipynb #180a980e
 class SnapshotError(ValueError):
     """A snapshot that is incomplete, altered or not supported."""
 

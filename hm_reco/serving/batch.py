@@ -102,8 +102,8 @@ def predict_resumable(
     shards: int = 1,
 ) -> pl.DataFrame:  # as `predict_all`
     """Return all customers' lists; read the shards that are stored under `key`."""
-    compute = partial(predict_part, lake, recommender, key, shards)
-    return pl.concat(map_shards(compute, range(shards)))
+    predict = partial(predict_part, lake, recommender, key, shards)
+    return pl.concat(map_shards(predict, range(shards)))
 
 # %% ../../nbs/serving/07_batch.ipynb #9b0c132e
 def _list_parts(lake: Lake) -> Iterator[LakePath]:
@@ -111,9 +111,7 @@ def _list_parts(lake: Lake) -> Iterator[LakePath]:
     return folder.glob("*/*.parquet") if folder.exists() else iter(())
 
 
-def remove_parts(
-    lake: Lake,  # in which no other process predicts
-) -> int:
+def remove_parts(lake: Lake) -> int:  # in which no other process predicts
     """Remove all stored shards; return their number."""
     parts = list(_list_parts(lake))
     for path in parts:

@@ -19,9 +19,7 @@ class IdMap(NamedTuple):
     order: np.ndarray  # int64, the sorter of `np.searchsorted`
 
 # %% ../../nbs/serving/00_id_map.ipynb #1f58e273
-def build_id_map(
-    ids: Sequence[str],  # external ids, by internal id
-) -> IdMap:
+def build_id_map(ids: Sequence[str]) -> IdMap:  # external ids, by internal id
     """Build a map between external ids and internal ids."""
     text = np.array([id_.encode() for id_ in ids], dtype=bytes)
     return IdMap(text, np.argsort(text, kind="stable").astype(np.int64))

@@ -53,11 +53,11 @@ def _rank_with_ranker(
 ) -> TopK:
     index, budget = recommender.index, recommender.bundle.budget
 
-    def rank_block(block: slice) -> TopK:
+    def _rank_block(block: slice) -> TopK:
         matrix = build_feature_matrix(index, customers, budget, rows[block])
         return rank(ranker, matrix, count, eligible.backfill, eligible.mask)
 
-    return TopK(*parallel_map(rank_block, len(rows)))
+    return TopK(*parallel_map(_rank_block, len(rows)))
 
 # %% ../../nbs/serving/02_ranking.ipynb #d6de2eb4
 def _restrict_articles(aggregates: Aggregates, eligible: Eligibility) -> Aggregates:

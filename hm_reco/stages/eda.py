@@ -15,9 +15,7 @@ from ..reporting.data_sections import DATA_SECTIONS, build_data_report
 from ..reporting.section import Report, save_report, show, summary_html
 
 # %% ../../nbs/stages/30_eda.ipynb #5755f5a6
-def build_metrics(
-    report: Report,  # with all sections
-) -> dict[str, Any]:
+def build_metrics(report: Report) -> dict[str, Any]:  # with all sections
     """Return the figures of the manifest."""
     figures = {section.name: section.figures for section in report.sections}
     return {

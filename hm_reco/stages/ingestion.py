@@ -14,9 +14,7 @@ from ..data.ingest_log import Load
 from ..data.sources import TABLES
 
 # %% ../../nbs/stages/10_ingestion.ipynb #773377b4
-def build_load_table(
-    loads: Iterable[Load],  # of one run
-) -> pd.DataFrame:
+def build_load_table(loads: Iterable[Load]) -> pd.DataFrame:  # of one run
     """Build a table with the state and the rows of each part."""
     columns = {
         "table": [load.table for load in loads],

@@ -36,14 +36,11 @@ def rank_by_visits(
 ) -> pl.Series:  # numbers of customers
     """Return the recent customers by their number of visits, the fewest first."""
     recent = history.purchases.filter(pl.col("day") >= since).select("customer").unique()
-    of_recent = history.purchases.join(recent, on="customer", how="semi")
-    visits = of_recent.group_by("customer").agg(pl.col("day").n_unique())
-    return visits.sort("day", "customer")["customer"]
+    visits = history.purchases.join(recent, on="customer", how="semi").group_by("customer")
+    return visits.agg(pl.col("day").n_unique()).sort("day", "customer")["customer"]
 
 # %% ../../nbs/stages/40_training.ipynb #ab0b78c5
-def build_metrics(
-    trained: TrainingResult,
-) -> dict[str, Any]:  # plain JSON
+def build_metrics(trained: TrainingResult) -> dict[str, Any]:  # plain JSON
     """Return means with intervals, the improvement over the baseline, and the promotion."""
     comparison, result = trained.comparison, trained.result
     return {
