@@ -418,6 +418,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'hm_reco/data/changes.py'),
                                       'hm_reco.data.changes.to_week_start': ('data/changes.html#to_week_start', 'hm_reco/data/changes.py')},
             'hm_reco.data.contracts': { 'hm_reco.data.contracts.Articles': ('data/contracts.html#articles', 'hm_reco/data/contracts.py'),
+                                        'hm_reco.data.contracts.Contract': ('data/contracts.html#contract', 'hm_reco/data/contracts.py'),
                                         'hm_reco.data.contracts.Customers': ('data/contracts.html#customers', 'hm_reco/data/contracts.py'),
                                         'hm_reco.data.contracts.SourceSchema': ( 'data/contracts.html#sourceschema',
                                                                                  'hm_reco/data/contracts.py'),

@@ -157,6 +157,33 @@ print(json.dumps({
 """
 
 
+CHECK_TABLE = """
+import json, sys
+from pathlib import Path
+
+import polars as pl
+
+from hm_reco.data.ingestion import ingest
+from hm_reco.data.synthetic import write_synthetic
+from hm_reco.lake.storage import open_lake
+from hm_reco.lake.tables import scan
+
+shop, lake = Path(sys.argv[1]) / "shop", open_lake(sys.argv[1] + "/lake")
+write_synthetic(shop, 50)
+ingest(lake, str(shop))  # `returns` is not required
+sold = pl.read_csv(shop / "transactions_train.csv", infer_schema=False).head(20)
+rows = sold.select("t_dat", "customer_id", "article_id").with_row_index("row")
+bad_date = pl.when(pl.col("row") == 3).then(pl.lit("soon")).otherwise("t_dat")
+rows.with_columns(t_dat=bad_date).drop("row").write_csv(shop / "returns.csv")
+loads = ingest(lake, str(shop))
+print(json.dumps({
+    "states": {load.table: load.state for load in loads},
+    "returned": scan(lake, "raw/returns").collect().height,
+    "quarantined": scan(lake, "quarantine/returns").collect()["rule"].to_list(),
+}))
+"""
+
+
 def edit_notebook(path: Path, changes: dict[str, str]) -> None:
     """Replace texts in the code cells of a notebook; each occurs."""
     notebook = nbformat.read(path, as_version=4)
@@ -181,6 +208,7 @@ def extended_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     add_metric(root / "nbs/ranking/00_metrics.ipynb")
     add_section(root / "nbs/reporting")
     add_filter(root / "nbs/api")
+    add_table(root / "nbs/data/00_contracts.ipynb")
     run_in(root, str(BIN / "nbdev-export"))
     return root
 
@@ -263,6 +291,21 @@ def add_filter(folder: Path) -> None:
     )
 
 
+def add_table(notebook: Path) -> None:
+    """One file: the contract and its entry in the list."""
+    edit_notebook(
+        notebook,
+        {
+            "CONTRACTS = {": "class Returns(SourceSchema):\n"
+            '    """One article that a customer sent back."""\n\n'
+            "    t_dat = dy.Date(nullable=False)\n"
+            "    customer_id = dy.String(nullable=False)\n"
+            "    article_id = dy.String(nullable=False, regex=ARTICLE_ID)\n\n\n"
+            'CONTRACTS = {\n    "returns": Contract(Returns, required=False),'
+        },
+    )
+
+
 def run_in(root: Path, *command: str) -> str:
     """Run a command with the copy's code, without compiling, and return its output."""
     result = subprocess.run(
@@ -298,3 +341,9 @@ def test_section_and_filter_follow_from_their_lists(extended_project):
     assert result["names"][-1] == "channels"
     assert "<h3>Channels</h3>" in result["html"] and "Units by channel" in result["html"]
     assert result["kinds"] and result["restricts"]
+
+
+def test_optional_table_follows_from_its_contract(extended_project, tmp_path):
+    result = json.loads(run_in(extended_project, sys.executable, "-c", CHECK_TABLE, str(tmp_path)))
+    assert result["states"]["returns"] == "loaded" and result["returned"] == 19
+    assert len(result["quarantined"]) == 1

@@ -11,7 +11,7 @@ from typing import Any
 
 import polars as pl
 
-from .contracts import get_columns
+from .contracts import CONTRACTS, get_columns
 from .drift import compute_psi, get_drift_level
 from .foreign_keys import quarantine_orphans, release_from_quarantine
 from hm_reco.data.ingest_log import (
@@ -39,7 +39,8 @@ def _select_sources(declared: Sequence[Source], names: Iterable[str]) -> list[So
 def _check_all_tables(listed: Iterable[SourcePart], current: Iterable[Load]) -> None:
     """Raise `FileNotFoundError` when a table is neither listed nor in the lake."""
     available = {part.table for part in listed} | {load.table for load in current}
-    missing = [table for table in TABLES if table not in available]
+    required = [table for table in TABLES if CONTRACTS[table].required]
+    missing = [table for table in required if table not in available]
     if missing:
         expected = ", ".join(f"{table} (a file like {table}.csv)" for table in missing)
         present = ", ".join(part.file.name for part in listed) or "nothing"

@@ -32,9 +32,9 @@ def build_freshness_table(
     history: Sequence[Load],  # all loads of the lake
 ) -> pd.DataFrame:  # a row for each table
     """Build a table with the time of the last load and the latest day of the rows."""
-    freshness = {}
-    for name in TABLES:
-        table_loads = [x for x in history if x.table == name and x.state in ("loaded", "replaced")]
+    freshness, read = {}, [x for x in history if x.state in ("loaded", "replaced")]
+    for name in sorted({x.table for x in read}, key=TABLES.index):
+        table_loads = [x for x in read if x.table == name]
         last_loaded = max(x.loaded_at for x in table_loads)
         freshness[name] = {
             "last loaded (UTC)": f"{last_loaded:%Y-%m-%d %H:%M}",
