@@ -25,7 +25,7 @@ from ..ranking.features import build_feature_matrix
 from ..retrieval.arrays import ArticleIndex, CsrLists, CustomerArrays
 from ..serving.explanations import explain_scores, get_source_ranks
 from ..serving.id_map import get_index
-from ..serving.recommend import CustomerRecommendation, recommend
+from ..serving.recommend import RULES, CustomerRecommendation, recommend
 from ..serving.recommender import Recommender
 from ..serving.session import Session, apply_session
 
@@ -102,10 +102,8 @@ def respond(
     now = dt.datetime.now(dt.UTC)
     eligible = find_eligible_articles(context.catalogue, recommender, request.filters)
     session = session_from_request(recommender, request.recent_articles, request.context, now)
-    allow_repurchase = not request.filters.exclude_bought
-    lists = recommend(
-        recommender, request.customer_ids, request.k, session, eligible, allow_repurchase
-    )
+    rules = [name for name in RULES if getattr(request.filters, name)]
+    lists = recommend(recommender, request.customer_ids, request.k, session, eligible, rules)
     reasons = explain(context, lists, session) if request.explain else {}
     recommendations = [
         _to_recommendation(id_, item, request.k, reasons.get(id_, ()))
