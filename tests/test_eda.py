@@ -162,7 +162,11 @@ def test_quality_section_reports_gaps_and_quarantined_rows():
     section = quality_section(open_lake(lake.root), purchases_with_gap, LAST)
     assert LAST - timedelta(days=3) in find_empty_days(purchases_with_gap)
     errors = [alert.text for alert in section.alerts if alert.level == "error"]
-    assert len(errors) == 2 and "were quarantined" in errors[0] and "No purchase on" in errors[1]
+    assert (
+        len(errors) == 2
+        and "were quarantined" in errors[0]
+        and "Days without a purchase" in errors[1]
+    )
 
 
 def test_drift_section_reports_changed_price():

@@ -108,7 +108,8 @@ def test_worse_segment_is_error_despite_better_mean(result, comparison):
     section = segments_section(
         replace(result, scores=flagged.with_columns(value=ap).drop("bad")), comparison
     )
-    assert "activity 'active'" in " ".join(alert.text for alert in section.alerts)
+    texts = " ".join(alert.text for alert in section.alerts)
+    assert "activity 'active' the ranker is worse than" in texts
     assert not segments_section(result, comparison).alerts
 
 

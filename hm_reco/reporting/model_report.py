@@ -214,7 +214,7 @@ def _describe_lists(ranker: Mapping[str, Any], baseline: Mapping[str, Any]) -> s
 # %% ../../nbs/reporting/10_model_report.ipynb #2e17b8ca
 def _build_segment_alert(row: Mapping[str, Any], baseline: str) -> Alert:
     interval = f"{row['improvement']:.4f} [{row['low']:.4f}, {row['high']:.4f}]"
-    text = f"For {_format_segment(row)} the ranker is n_worse than {baseline!r}: {interval}."
+    text = f"For {_format_segment(row)} the ranker is worse than {baseline!r}: {interval}."
     action = "Check that the training data have enough of them, and which sources reach them."
     return Alert(level="error", text=text, action=action)
 

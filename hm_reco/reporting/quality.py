@@ -110,7 +110,7 @@ def _write_findings(figures: Mapping[str, Any]) -> list[str]:
         f"({format_percent(figures['quarantined_share'], 2)} of the units). "
         + (most_frequent or "No row violates a rule."),
         f"The last purchase is {figures['days_since_last']:,} days old. "
-        + (f"{gaps} days have no purchase." if gaps else "Every day has a purchase."),
+        + (f"Days without a purchase: {gaps}." if gaps else "Every day has a purchase."),
     ]
 
 # %% ../../nbs/reporting/01_quality.ipynb #9f622794
@@ -138,9 +138,8 @@ def _build_alerts(figures: Mapping[str, Any]) -> list[Alert]:
         action = "Check quarantine/, correct the source and ingest it again."
         alerts.append(Alert(level="error", text=text, action=action))
     if figures["n_empty_days"]:
-        text = (
-            f"No purchase on {figures['n_empty_days']} days, first on {figures['empty_days'][0]}."
-        )
+        first = figures["empty_days"][0]
+        text = f"Days without a purchase: {figures['n_empty_days']}, first on {first}."
         alerts.append(Alert(level="error", text=text, action="Check for a missing file."))
     if figures["days_since_last"] > MAX_AGE_DAYS:
         text = f"The last purchase is {figures['days_since_last']:,} days old."
