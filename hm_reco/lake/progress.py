@@ -18,12 +18,12 @@ def _is_interactive() -> bool:
     return "ipykernel" in sys.modules or sys.stderr.isatty()
 
 # %% ../../nbs/lake/08_progress.ipynb #b52af5ca
-PROGRESS_FORMAT = "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} to go"
+PROGRESS_FORMAT = "{desc}: {n_fmt} of {total_fmt}, {elapsed} elapsed, {remaining} left"
 
 
 def _get_format(total: int | None) -> str:
     """Return the format of the line; `total` is None where the number of items is unknown."""
-    return PROGRESS_FORMAT if total is not None else "{desc}: {n_fmt}, {elapsed} gone"
+    return PROGRESS_FORMAT if total is not None else "{desc}: {n_fmt}, {elapsed} elapsed"
 
 # %% ../../nbs/lake/08_progress.ipynb #e266ce37
 T = TypeVar("T")
