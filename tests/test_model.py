@@ -18,12 +18,12 @@ from hm_reco.data.history import (
     parse_day,
 )
 from hm_reco.lake.storage import Lake
-from hm_reco.ranking.backtest import RANKER, evaluate
+from hm_reco.ranking.backtest import evaluate
 from hm_reco.ranking.comparison import compare_with_baselines
 from hm_reco.ranking.features import FeatureMatrix
 from hm_reco.ranking.metrics import Interval
 from hm_reco.ranking.plan import BacktestPlan
-from hm_reco.ranking.ranker import RankerSettings, rank_candidates
+from hm_reco.ranking.ranker import RANKER, RankerSettings, rank_candidates
 from hm_reco.ranking.rankers import train
 from hm_reco.ranking.weeks import build_training_matrix, build_week
 from hm_reco.registry.bundle import MANIFEST, Bundle, BundleError, load_bundle, save_bundle

@@ -99,7 +99,6 @@ class Contract:
     """What is known of a table in `raw/`."""
 
     schema: type[dy.Schema]
-    key: str | None = None  # column that identifies a row; None: rows are events
     required: bool = True  # ingestion stops without this table
     profiled: tuple[str, ...] = ()  # columns whose drift is measured
 
@@ -107,8 +106,8 @@ class Contract:
 ARTICLE_PROFILE = ("product_group_name", "index_group_name", "colour_group_name")
 CUSTOMER_PROFILE = ("age", "FN", "Active", "club_member_status", "fashion_news_frequency")
 CONTRACTS = {
-    "articles": Contract(Articles, key="article_id", profiled=ARTICLE_PROFILE),
-    "customers": Contract(Customers, key="customer_id", profiled=CUSTOMER_PROFILE),
+    "articles": Contract(Articles, profiled=ARTICLE_PROFILE),
+    "customers": Contract(Customers, profiled=CUSTOMER_PROFILE),
     "transactions": Contract(Transactions, profiled=("price", "sales_channel_id")),
 }
 
