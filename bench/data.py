@@ -175,7 +175,7 @@ def run_bench(customers: int, folder: Path) -> None:
     ratio = costs["ingest"].seconds / parse_cost.seconds
     print_cost("ingest", costs["ingest"], f"{ratio:.2f} x parsing only (goal 4)")
     for name, cost in external.items():
-        print_cost(f"the same features in {name}", cost)
+        print_cost(f"the same tables in {name}", cost)
     process_cost = costs["process"]
     notes = [
         f"{process_cost.seconds / cost.seconds:.2f} x the time and "
