@@ -121,7 +121,8 @@ class S3Storage:
         """Read the small files directly in a folder: one request each; a cloud path needs four."""
         bucket, key = split_uri(uri)
         listed = self._s3.list_objects_v2(Bucket=bucket, Prefix=f"{key}/").get("Contents", [])
-        keys = [entry["Key"] for entry in listed]
+        names = [entry["Key"].removeprefix(f"{key}/") for entry in listed]
+        keys = [f"{key}/{name}" for name in names if name and "/" not in name]
         bodies = [self._s3.get_object(Bucket=bucket, Key=name)["Body"].read() for name in keys]
         return {PurePosixPath(n).name: body for n, body in zip(keys, bodies, strict=True)}
 
