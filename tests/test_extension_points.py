@@ -213,14 +213,19 @@ def extended_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def write_notebook(path: Path, module: str, code: str) -> None:
+    """Write a notebook that exports one cell to a module."""
+    cells = [
+        nbformat.v4.new_markdown_cell(f"# {path.stem}\n\n> Adds an object to a list."),
+        nbformat.v4.new_code_cell(f"#| default_exp {module}"),
+        nbformat.v4.new_code_cell(code),
+    ]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+
+
 def add_source(folder: Path) -> None:
     """Two files: a notebook of its own, and the list."""
-    cells = [
-        nbformat.v4.new_markdown_cell("# Sources: neighbourhood\n\n> Best sellers near by."),
-        nbformat.v4.new_code_cell("#| default_exp retrieval.nearby"),
-        nbformat.v4.new_code_cell(SOURCE),
-    ]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "10_nearby.ipynb")
+    write_notebook(folder / "10_nearby.ipynb", "retrieval.nearby", SOURCE)
     edit_notebook(
         folder / "11_candidate_sources.ipynb",
         {
@@ -258,12 +263,7 @@ def add_metric(notebook: Path) -> None:
 
 def add_section(folder: Path) -> None:
     """Two files: a notebook of its own, and the list."""
-    cells = [
-        nbformat.v4.new_markdown_cell("# Channels\n\n> Reports the units by channel."),
-        nbformat.v4.new_code_cell("#| default_exp reporting.channels"),
-        nbformat.v4.new_code_cell(SECTION),
-    ]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "08_channels.ipynb")
+    write_notebook(folder / "08_channels.ipynb", "reporting.channels", SECTION)
     edit_notebook(
         folder / "12_data_sections.ipynb",
         {
